@@ -1,0 +1,21 @@
+"""Packages that may be missing, and what to say then."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+
+EXTRAS = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+
+
+def require(module: str, purpose: str) -> ModuleType:
+    """Import a module, e.g. ``require("matplotlib.figure", "figures of spectra")``.
+
+    Raises:
+        ModuleNotFoundError: naming the purpose and the command that installs it.
+    """
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        package = EXTRAS.get(module.partition(".")[0], module)
+        raise ModuleNotFoundError(f"{purpose} needs {package}, which is not installed; run: pip install {package}") from error

@@ -1,0 +1,186 @@
+"""``HessianSpectrumMonitor``: the curvature spectrum at every task boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_plasticity.callbacks.live import live_optimizers
+from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement, OnError, Phase, decimal
+from lightning_plasticity.curvature import Measured, Spectrum, measure_gram, measure_hessian
+from lightning_plasticity.curvature.closure import LossFunction
+from lightning_plasticity.curvature.measure import LANCZOS_STEPS, MAX_ROWS
+from lightning_plasticity.linalg import Estimate
+from lightning_plasticity.loggers import log_figure, spectra_figure, takes_figures
+from lightning_plasticity.nn.undisturbed import MODES, Mode
+from lightning_plasticity.records import TaskRecord
+
+Quantity = Literal["ggn", "hessian", "ntk"]
+QUANTITIES = ("ggn", "hessian", "ntk")
+PROBE_SAMPLES = 512
+
+
+class HessianSpectrumMonitor(BoundaryMonitor):
+    """Measures the eigenvalue spectrum of the loss at task boundaries, without disturbing training.
+
+    At a task's start: old weights, the new task's data, before the first update. At its end: the same samples. The GGN is
+    exact, through its Gram matrix; the Hessian is exact for few parameters, else estimated by Lanczos quadrature with 95 %
+    intervals. Needs no change to the module: loss and outputs are found by watching its ``training_step``; override with
+    ``loss_fn``, or ``curvature_loss(batch)`` and ``curvature_outputs(batch)`` on the module.
+
+    Source: Prakash et al. 2026 (arXiv 2509.22335); quantities as in ``Spectrum``.
+
+    Logged, with m one of ``ggn``, ``hessian``, ``ntk`` (``plasticity/end/...`` for the end of a task; estimates also with
+    ``_lower`` and ``_upper``):
+
+    - ``plasticity/m/eps_rank_<eps>``: eigenvalues with |lambda| > eps, a count; eps in units of the loss.
+    - ``plasticity/m/relative_eps_rank_<eps>``: the same above eps times the largest |lambda|.
+    - ``plasticity/m/effective_rank``: of |lambda|, between 1 and the number of parameters.
+    - ``plasticity/m/trace``, ``lambda_max``, ``lambda_min``: in units of the loss.
+    - ``plasticity/m/negative_fraction``: share of negative eigenvalues (Hessian only).
+    - ``plasticity/m/num_samples``: samples measured on.
+    - ``plasticity/task``: index of the task; the x axis is the cumulative optimizer step.
+    - histograms ``plasticity/m/spectrum_log10`` (of log10 |lambda|) and figures ``plasticity/m/spectra`` (all tasks so far).
+
+    Args:
+        quantities: which matrices.
+        eps: absolute thresholds of the eps-rank.
+        relative_eps: thresholds relative to the largest |lambda|.
+        probe_samples: samples to measure on; None for 512. The GGN takes the first of them that keep its Gram matrix
+            within ``max_rows``.
+        when: ``"start"``, ``"end"`` or both.
+        every_n_tasks: measure at tasks 0, n, 2n, ...
+        data: what to measure on: a batch, dataset, loader, or callable ``(trainer, pl_module)``; None for the task's own
+            training data.
+        loss_fn: ``loss_fn(outputs, targets)`` for batches that are pairs.
+        num_steps: Lanczos steps of the Hessian.
+        max_rows: bound on the GGN's Gram matrix, samples times (classes - 1).
+        mode: ``"frozen"`` (BatchNorm and dropout off by type), ``"as_is"`` (what the optimizer sees) or ``"eval"``.
+        seed: of probes and random state during a measurement.
+        on_error: ``"warn"`` records the failure and training goes on; ``"raise"`` stops.
+        save_dir: where ``plasticity.jsonl`` and ``spectra/*.npz`` go; None for the log directory.
+
+    Raises:
+        ValueError: for settings out of range, at construction.
+
+    Example:
+        >>> from lightning_plasticity import HessianSpectrumMonitor
+        >>> monitor = HessianSpectrumMonitor(quantities=("ggn",), when="start")
+        >>> monitor.records
+        []
+    """
+
+    def __init__(
+        self,
+        quantities: Sequence[Quantity] = ("ggn", "hessian"),
+        eps: Sequence[float] = (1e-3, 1e-2, 1e-1),
+        relative_eps: Sequence[float] = (1e-4, 1e-3, 1e-2),
+        probe_samples: int | None = None,
+        when: Sequence[str] = ("start", "end"),
+        every_n_tasks: int = 1,
+        data: Any = None,
+        loss_fn: LossFunction | None = None,
+        num_steps: int = LANCZOS_STEPS,
+        max_rows: int = MAX_ROWS,
+        mode: Mode = "frozen",
+        seed: int = 0,
+        on_error: OnError = "warn",
+        save_dir: str | None = None,
+    ) -> None:
+        samples = PROBE_SAMPLES if probe_samples is None else probe_samples
+        super().__init__(samples, when, every_n_tasks, data, on_error, save_dir)
+        self.quantities = (quantities,) if isinstance(quantities, str) else tuple(quantities)
+        if not self.quantities or any(quantity not in QUANTITIES for quantity in self.quantities):
+            raise ValueError(f"quantities={quantities!r}, expected some of {QUANTITIES}.")
+        self.eps = _check_eps("eps", eps)
+        self.relative_eps = _check_eps("relative_eps", relative_eps)
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r}, expected one of {MODES}.")
+        for name, value in (("num_steps", num_steps), ("max_rows", max_rows)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}={value!r}, expected a whole number >= 1.")
+        self.loss_fn = loss_fn
+        self.num_steps = num_steps
+        self.max_rows = max_rows
+        self.mode = mode
+        self.seed = seed
+        self._spectra: dict[str, dict[int, Spectrum]] = {quantity: {} for quantity in self.quantities}
+        self._symmetry_checked = False
+
+    @property
+    def state_key(self) -> str:
+        """Two monitors of different quantities keep their states apart."""
+        return self._generate_state_key(quantities=self.quantities, eps=self.eps, mode=self.mode)
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule, batches: list[Any], phase: Phase) -> Measurement:
+        """All quantities; one that fails leaves the others."""
+        measured = Measured(
+            pl_module,
+            batches,
+            self.loss_fn,
+            mode=self.mode,
+            seed=self.seed,
+            **live_optimizers(pl_module),
+        )
+        measurement = Measurement()
+        for quantity in self.quantities:
+            try:
+                spectrum = self._spectrum(measured, quantity)
+            except Exception as error:
+                measurement.failures[quantity] = f"{quantity}: {error}"
+                continue
+            prefix = f"plasticity/{quantity}"
+            measurement.values |= {f"{prefix}/{key}": value for key, value in self._numbers(spectrum).items()}
+            measurement.spectra[quantity] = spectrum
+            measurement.histograms[f"{prefix}/spectrum_log10"] = (spectrum.eigenvalues.abs(), spectrum.counts)
+            measurement.settings[quantity] = _about(spectrum)
+            if note := spectrum.settings.get("note"):
+                self._warn_once(trainer, f"{type(self).__name__}: {note}")
+        return measurement
+
+    def _spectrum(self, measured: Measured, quantity: str) -> Spectrum:
+        if quantity != "hessian":
+            return measure_gram(measured, quantity, max_rows=self.max_rows)  # type: ignore[arg-type]
+        spectrum = measure_hessian(measured, num_steps=self.num_steps, check_symmetry=not self._symmetry_checked)
+        self._symmetry_checked = True
+        return spectrum
+
+    def _numbers(self, spectrum: Spectrum) -> dict[str, Estimate]:
+        numbers = {f"eps_rank_{decimal(eps)}": spectrum.epsilon_rank(eps) for eps in self.eps}
+        for eps in self.relative_eps:
+            numbers[f"relative_eps_rank_{decimal(eps)}"] = spectrum.epsilon_rank(eps, relative=True)
+        numbers |= {
+            "effective_rank": spectrum.effective_rank(),
+            "trace": spectrum.trace(),
+            "lambda_max": spectrum.lambda_max(),
+            "lambda_min": spectrum.lambda_min(),
+            "num_samples": Estimate.exactly(spectrum.num_samples),
+        }
+        if spectrum.matrix == "hessian":
+            numbers["negative_fraction"] = spectrum.negative_fraction()
+        return numbers
+
+    def log_pictures(self, trainer: Trainer, measurement: Measurement, record: TaskRecord) -> None:
+        """The spectra of all tasks so far, in one figure for each quantity."""
+        for quantity, spectrum in measurement.spectra.items():
+            if record.phase != self.when[0]:
+                continue
+            self._spectra[quantity][record.task] = spectrum
+            if takes_figures(trainer.loggers):
+                title = f"{quantity} spectrum at task {record.phase}, {spectrum.num_samples} samples"
+                figure = spectra_figure(self._spectra[quantity], title)
+                log_figure(trainer.loggers, f"plasticity/{quantity}/spectra", figure, record.step)
+
+
+def _about(spectrum: Spectrum) -> dict[str, Any]:
+    names = ("method", "exact", "num_params", "num_samples", "num_products", "seconds", "resolution")
+    return {name: getattr(spectrum, name) for name in names} | dict(spectrum.settings)
+
+
+def _check_eps(name: str, values: Sequence[float]) -> tuple[float, ...]:
+    found = (values,) if isinstance(values, int | float) else tuple(values)
+    if any(isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e300 for value in found):
+        raise ValueError(f"{name}={values!r}, expected numbers >= 0, e.g. {name}=(1e-3, 1e-2).")
+    return tuple(float(value) for value in found)

@@ -1,0 +1,250 @@
+"""What all monitors share: when to measure, keeping records, logging them, and never killing a run."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_plasticity.callbacks.probe_data import probe_batches
+from lightning_plasticity.callbacks.task_tracker import TaskTracker
+from lightning_plasticity.curvature import MeasurementError, Spectrum
+from lightning_plasticity.linalg import Estimate
+from lightning_plasticity.loggers import log_directory, log_histogram, log_scalars
+from lightning_plasticity.records import TaskRecord, append_record
+
+Phase = Literal["start", "end"]
+PHASES = ("start", "end")
+OnError = Literal["warn", "raise"]
+LONG = 2.0  # seconds from which a measurement is announced
+
+
+@dataclass
+class Measurement:
+    """What one call of a monitor's ``measure`` found.
+
+    Attributes:
+        values: estimates by key.
+        settings: what was measured on and how.
+        spectra: to be saved beside the record, by matrix.
+        histograms: (values, counts) by key, shown on a log axis.
+        failures: what could not be measured and why, where other parts could.
+    """
+
+    values: dict[str, Estimate] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    spectra: dict[str, Spectrum] = field(default_factory=dict)
+    histograms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)
+
+
+class BoundaryMonitor(Callback):
+    """Base of the monitors that measure at task boundaries; a subclass says what, in ``measure``.
+
+    Args:
+        probe_samples: how many samples to measure on.
+        when: boundaries to measure at, ``"start"``, ``"end"`` or both.
+        every_n_tasks: measure at tasks 0, n, 2n, ...
+        data: what to measure on: a batch, dataset, loader, or callable ``(trainer, pl_module)`` returning one; None for
+            samples of the task's own training data.
+        on_error: ``"warn"`` records a failed measurement and goes on; ``"raise"`` stops, for tests.
+        save_dir: where records and spectra go; None for the log directory of the first logger that has one.
+    """
+
+    def __init__(
+        self,
+        probe_samples: int,
+        when: Sequence[str],
+        every_n_tasks: int,
+        data: Any,
+        on_error: OnError,
+        save_dir: str | None,
+    ) -> None:
+        super().__init__()
+        self.probe_samples = _at_least_one("probe_samples", probe_samples)
+        self.when = _check_when(when)
+        self.every_n_tasks = _at_least_one("every_n_tasks", every_n_tasks)
+        if on_error not in ("warn", "raise"):
+            raise ValueError(f"on_error={on_error!r}, expected 'warn' (record the failure, go on) or 'raise'.")
+        self.data = data
+        self.on_error = on_error
+        self.save_dir = save_dir
+        self.records: list[TaskRecord] = []
+        self._tracker: TaskTracker | None = None
+        self._probe: tuple[list[Any], str] | None = None
+        self._warned: set[str] = set()
+        self._resuming = True
+
+    def measure(self, trainer: Trainer, pl_module: LightningModule, batches: list[Any], phase: Phase) -> Measurement:
+        """Measure on the probe batches; may raise anything."""
+        raise NotImplementedError
+
+    def log_pictures(self, trainer: Trainer, measurement: Measurement, record: TaskRecord) -> None:
+        """Send what is not a number to the loggers; nothing by default."""
+
+    # ---- Lightning's hooks -----------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the Trainer's task tracker, or give it one."""
+        if stage == "fit":
+            self._tracker = TaskTracker.attach(trainer, self._tracker)
+
+    def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
+        """Measure the old weights on the new task's data."""
+        self._probe = None
+        self._at_boundary(trainer, pl_module, task, "start")
+
+    def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
+        """Measure the new weights on the same samples."""
+        self._at_boundary(trainer, pl_module, task, "end")
+        self._probe = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The records, in plain Python."""
+        return {"records": [record.to_dict() for record in self.records]}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Only a fit resumes; an evaluation from a checkpoint must not roll the records back."""
+        self._resuming = trainer.state.fn == "fit"
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the records of the run that is resumed."""
+        if not self._resuming:
+            return
+        self.records = [TaskRecord.from_dict(plain) for plain in state_dict["records"]]
+
+    # ---- one measurement -------------------------------------------------------------------------------------------
+
+    def _at_boundary(self, trainer: Trainer, pl_module: LightningModule, task: int, phase: Phase) -> None:
+        if phase not in self.when or task % self.every_n_tasks:
+            return
+        assert self._tracker is not None
+        name = type(self).__name__
+        _announce(trainer, self._expected_seconds(phase), f"{name}: measuring at the {phase} of task {task}")
+        started = time.perf_counter()
+        measurement, failure = Measurement(), None
+        try:
+            measurement = self._measured(trainer, pl_module, phase)
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            failure = f"{type(error).__name__}: {error}"
+        failures = list(measurement.failures.values()) + ([failure] if failure else [])
+        if measurement.failures and self.on_error == "raise":
+            raise MeasurementError("; ".join(failures))
+        for why in failures:
+            self._warn_once(trainer, f"{name} could not measure at the {phase} of task {task}: {why} Training goes on.")
+        seconds = time.perf_counter() - started
+        _announce(trainer, seconds, f"{name}: {phase} of task {task} took")
+        record = TaskRecord(
+            name, task, phase, self._tracker.step, measurement.values, measurement.settings, seconds,
+            "; ".join(failures) or None,
+        )  # fmt: skip
+        self._keep(trainer, pl_module, record, measurement)
+
+    def _measured(self, trainer: Trainer, pl_module: LightningModule, phase: Phase) -> Measurement:
+        if self._probe is None:
+            assert self._tracker is not None
+            first = self._tracker.first_batch
+            self._probe = probe_batches(trainer, pl_module, self.data, self.probe_samples, first)
+        batches, source = self._probe
+        measurement = self.measure(trainer, pl_module, batches, phase)
+        measurement.settings["data"] = source
+        return measurement
+
+    def _keep(
+        self, trainer: Trainer, pl_module: LightningModule, record: TaskRecord, measurement: Measurement
+    ) -> None:
+        """Files, records, loggers; a full disk or a broken logger must not kill the run either."""
+        try:
+            record = self._save(trainer, record, measurement)
+        except OSError as error:
+            self._warn_once(trainer, f"{type(self).__name__} could not write its record: {error}")
+        self.records.append(record)
+        if record.phase == "start":
+            _reach_callback_metrics(pl_module, record)
+        try:
+            self._log(trainer, record, measurement)
+        except Exception as error:
+            if self.on_error == "raise":
+                raise
+            self._warn_once(trainer, f"{type(self).__name__} could not log: {type(error).__name__}: {error}")
+
+    def _save(self, trainer: Trainer, record: TaskRecord, measurement: Measurement) -> TaskRecord:
+        directory = Path(self.save_dir) if self.save_dir is not None else log_directory(trainer.loggers)
+        if directory is None or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+            return record
+        names = {}
+        for matrix, spectrum in measurement.spectra.items():
+            names[matrix] = f"spectra/{matrix}_task{record.task:04d}_{record.phase}.npz"
+            (directory / names[matrix]).parent.mkdir(parents=True, exist_ok=True)
+            spectrum.save(directory / names[matrix])
+        record = TaskRecord(**{**vars(record), "spectra": names})
+        append_record(directory, record)
+        return record
+
+    def _log(self, trainer: Trainer, record: TaskRecord, measurement: Measurement) -> None:
+        if not trainer.is_global_zero:
+            return
+        scalars: dict[str, float] = {"plasticity/task": float(record.task)}
+        for key, estimate in record.values.items():
+            tag = _phased(key, record.phase)
+            scalars[tag] = estimate.value
+            if not estimate.exact:
+                scalars |= {f"{tag}_lower": estimate.lower, f"{tag}_upper": estimate.upper}
+        log_scalars(trainer.loggers, scalars, record.step)
+        for key, (values, counts) in measurement.histograms.items():
+            log_histogram(trainer.loggers, _phased(key, record.phase), values, counts, record.step)
+        self.log_pictures(trainer, measurement, record)
+
+    def _expected_seconds(self, phase: Phase) -> float:
+        return next((record.seconds for record in reversed(self.records) if record.phase == phase), 0.0)
+
+    def _warn_once(self, trainer: Trainer, message: str) -> None:
+        cause = message.split(": ", 1)[-1]
+        if cause not in self._warned and trainer.is_global_zero:
+            self._warned.add(cause)
+            warnings.warn(message, stacklevel=2)
+
+
+def _phased(key: str, phase: str) -> str:
+    """Keys of the start are plain; those of the end live in a group of their own."""
+    return key if phase == "start" else key.replace("plasticity/", "plasticity/end/", 1)
+
+
+def _reach_callback_metrics(pl_module: LightningModule, record: TaskRecord) -> None:
+    """Let EarlyStopping, ModelCheckpoint and tuners see the values of a task's start."""
+    for key, estimate in record.values.items():
+        if estimate.resolved:
+            pl_module.log(key, estimate.value, on_step=False, on_epoch=True, logger=False, batch_size=1)
+
+
+def _announce(trainer: Trainer, seconds: float, what: str) -> None:
+    bar = trainer.progress_bar_callback
+    if seconds >= LONG and bar is not None and bar.is_enabled:
+        bar.print(f"{what} {'(' if what.startswith('m') else ''}{seconds:.0f} s")
+
+
+def _at_least_one(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}, expected a whole number >= 1.")
+    return value
+
+
+def _check_when(when: Sequence[str]) -> tuple[str, ...]:
+    phases = (when,) if isinstance(when, str) else tuple(when)
+    if not phases or any(phase not in PHASES for phase in phases):
+        raise ValueError(f"when={when!r}, expected 'start', 'end' or both, e.g. when=('start', 'end').")
+    return phases
+
+
+def decimal(number: float) -> str:
+    """A number as keys may hold it: digits and a point, no exponent."""
+    text = f"{number:.12f}".rstrip("0").rstrip(".")
+    return text or "0"

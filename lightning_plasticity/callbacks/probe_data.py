@@ -1,0 +1,163 @@
+"""The data that curvature and ranks are measured on, fetched without training noticing.
+
+First what the user hands over; else samples of the training dataset, evenly spread, fetched by ourselves; else clones of
+the batch that has just arrived. The training loader itself is never iterated: that changes the batches training sees.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+
+from lightning_plasticity.curvature import MeasurementError
+from lightning_plasticity.nn import preserve_rng
+from lightning_plasticity.nn.batches import batch_size, clone_batch, map_tensors
+
+CHUNK = 512  # samples in one probe batch at most
+MANY = 64  # entries of a list of transforms or datasets that are looked into
+
+
+def probe_batches(
+    trainer: Any, pl_module: Any, data: Any, num_samples: int, first_batch: Any
+) -> tuple[list[Any], str]:
+    """Probe batches on the module's device, and where they came from.
+
+    Args:
+        trainer: the Trainer.
+        pl_module: the module; its transfer hooks are applied.
+        data: the user's batch, dataset, loader or callable ``(trainer, pl_module)``, or None.
+        num_samples: at most so many samples (a user's own batch or loader is taken whole up to the batch that reaches it).
+        first_batch: the task's first batch, already transferred; the last resort.
+
+    Raises:
+        MeasurementError: when there is nothing to measure on.
+    """
+    with preserve_rng():
+        if data is not None:
+            data = data(trainer, pl_module) if callable(data) else data
+            return _transferred(trainer, pl_module, _from_user(data, num_samples)), "given"
+        loader = _single_loader(trainer)
+        if loader is not None:
+            with _generators_kept(loader.dataset):
+                indices = getattr(loader.sampler, "indices", None)  # of a SubsetRandomSampler: the rest is held out
+                batches = list(_spread(loader.dataset, num_samples, loader.collate_fn, loader.batch_size, indices))
+            if batches:
+                return _transferred(trainer, pl_module, batches), "training dataset"
+        if first_batch is None:
+            raise MeasurementError("No probe data: the training loader gave no batch; pass data= to the monitor.")
+        return [clone_batch(first_batch)], "first batch"
+
+
+def _single_loader(trainer: Any) -> DataLoader[Any] | None:
+    """The Trainer's training loader, if it is one plain loader over a map-style dataset."""
+    loader = trainer.train_dataloader
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return None
+    return loader if hasattr(loader.dataset, "__len__") and loader.batch_sampler is not None else None
+
+
+def _spread(
+    dataset: Any,
+    num_samples: int,
+    collate: Callable[[list[Any]], Any] | None = None,
+    size: int | None = None,
+    indices: Sequence[int] | None = None,
+) -> Iterator[Any]:
+    """Samples evenly spread over the dataset, in order, without workers: data sorted by class are covered too."""
+    indices = range(len(dataset)) if indices is None else indices
+    total, count = len(indices), min(num_samples, len(indices))
+    chunk = max(size or 1, min(CHUNK, count))
+    for start in range(0, count, chunk):
+        chosen = [int(indices[k * total // count]) for k in range(start, min(start + chunk, count))]
+        samples = [dataset[index] for index in chosen]
+        yield torch.utils.data.default_collate(samples) if collate is None else collate(samples)
+
+
+def _from_user(data: Any, num_samples: int) -> list[Any]:
+    if isinstance(data, DataLoader):
+        return list(_until(iter(data), num_samples))
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        return list(_spread(data, num_samples))
+    if isinstance(data, Tensor | Mapping) or (isinstance(data, tuple | list) and data and isinstance(data[0], Tensor)):
+        return [clone_batch(data)]
+    if isinstance(data, Iterable):
+        return list(_until(iter(data), num_samples))
+    return [clone_batch(data)]
+
+
+def _until(batches: Iterator[Any], num_samples: int) -> Iterator[Any]:
+    seen = 0
+    for batch in islice(batches, num_samples):
+        yield batch
+        seen += batch_size(batch)
+        if seen >= num_samples:
+            return
+
+
+def _transferred(trainer: Any, pl_module: Any, batches: list[Any]) -> list[Any]:
+    """The way that Lightning sends a training batch: precision, hooks, device."""
+    if not batches:
+        raise MeasurementError("The probe data holds no batch; pass a batch, or a non-empty dataset or loader, as data=.")
+    strategy = trainer.strategy
+    convert = getattr(getattr(strategy, "precision_plugin", None), "convert_input", None)
+    out = []
+    for batch in batches:
+        batch = map_tensors(batch, lambda tensor: tensor)
+        if convert is not None:
+            batch = convert(batch)
+        batch = _hook_owner(trainer, pl_module).on_before_batch_transfer(batch, 0)
+        out.append(strategy.batch_to_device(batch, dataloader_idx=0))
+    return out
+
+
+def _hook_owner(trainer: Any, pl_module: Any) -> Any:
+    """The datamodule where it overrides the hook, as Lightning chooses, else the module."""
+    datamodule = getattr(trainer, "datamodule", None)
+    method = getattr(type(datamodule), "on_before_batch_transfer", None)
+    overridden = method is not None and not method.__module__.startswith(("lightning.", "pytorch_lightning."))
+    return datamodule if overridden else pl_module
+
+
+@contextmanager
+def _generators_kept(dataset: Any) -> Iterator[None]:
+    """Put back random generators that a dataset keeps for itself (augmentation)."""
+    kept: list[tuple[Callable[[Any], Any], Any]] = []
+    _note_generators(dataset, kept, set())
+    try:
+        yield
+    finally:
+        for restore, state in kept:
+            restore(state)
+
+
+def _note_generators(owner: Any, kept: list[tuple[Callable[[Any], Any], Any]], seen: set[int]) -> None:
+    if id(owner) in seen or not hasattr(owner, "__dict__"):
+        return
+    seen.add(id(owner))
+    for value in list(vars(owner).values()):
+        if isinstance(value, torch.Generator):
+            kept.append((value.set_state, value.get_state()))
+        elif isinstance(value, random.Random):
+            kept.append((value.setstate, value.getstate()))
+        elif isinstance(value, np.random.RandomState):
+            kept.append((value.set_state, value.get_state()))
+        elif isinstance(value, np.random.Generator):
+            bits = value.bit_generator
+            kept.append((partial(setattr, bits, "state"), bits.state))
+        elif isinstance(value, list | tuple):
+            for item in value[:MANY]:
+                _note_generators(item, kept, seen)
+        elif isinstance(value, Dataset) or type(value).__module__.partition(".")[0] not in _OPAQUE:
+            _note_generators(value, kept, seen)
+
+
+_OPAQUE = ("builtins", "torch", "numpy", "pandas", "PIL", "lightning", "pytorch_lightning")

@@ -1,0 +1,176 @@
+"""When regularisers act: callbacks around the ``RegularizationEngine``, for any module and for the mixin's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
+from typing import Any, Literal
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from lightning_plasticity.callbacks.live import live_optimizers
+from lightning_plasticity.curvature import LossClosure
+from lightning_plasticity.nn import is_measuring
+from lightning_plasticity.nn.snapshot import shadow_method
+from lightning_plasticity.regularization import L2, EffectiveRank, RegularizationEngine, Regularizer
+from lightning_plasticity.regularization.effective_rank import RankMode
+
+
+class EngineHooks(Callback):
+    """Drives an engine from Lightning's hooks; the two callbacks below differ in where the engine comes from."""
+
+    _engine: RegularizationEngine | None = None
+    _last_step = 0
+    _restored: Mapping[str, Any] | None = None
+
+    def engine(self, pl_module: Any) -> RegularizationEngine:
+        """The engine of this module."""
+        raise NotImplementedError
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse unknown layer names before training starts."""
+        if stage == "fit":
+            self._engine = self.engine(pl_module)
+            self._engine.check_layers(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count optimizer steps."""
+        self._last_step = trainer.global_step
+        if self._restored is not None:
+            self._running.load_state_dict(self._restored)
+            self._restored = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Remember the minibatch before the step can change it."""
+        self._running.remember(batch)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Add to the gradients that this optimizer is about to use (already unscaled, not yet clipped)."""
+        self._running.add_gradients(p for group in optimizer.param_groups for p in group["params"])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Take the separate steps that are due, once for each batch that ended in an optimizer step."""
+        if trainer.global_step == self._last_step:
+            return
+        self._last_step = trainer.global_step
+        reduce = None if trainer.world_size == 1 else trainer.strategy.reduce
+        self._running.after_step(pl_module, LossClosure(pl_module).run, reduce, **live_optimizers(pl_module))  # type: ignore[arg-type]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The engine's counters and remembered minibatches."""
+        return {} if self._engine is None else self._engine.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on inside the window that the checkpoint was made in."""
+        self._restored = state_dict or None
+
+    @property
+    def _running(self) -> RegularizationEngine:
+        assert self._engine is not None, "setup comes first"
+        return self._engine
+
+
+class Regularization(EngineHooks):
+    """Adds regularisers to any LightningModule without touching its class.
+
+    Args:
+        regularizers: what to apply, e.g. ``[EffectiveRank(1e-2), L2(1e-4)]``.
+
+    Raises:
+        TypeError: for something that is not a regulariser.
+        ValueError: for an empty list; when the fit starts, for unknown layer names.
+
+    Example:
+        >>> from lightning_plasticity import Regularization
+        >>> [type(r).__name__ for r in Regularization.l2er(rank_strength=0.1).regularizers]
+        ['EffectiveRank', 'L2']
+    """
+
+    def __init__(self, regularizers: list[Regularizer]) -> None:
+        super().__init__()
+        if not regularizers:
+            raise ValueError("regularizers is empty; pass some, e.g. [EffectiveRank(1e-2), L2(1e-4)], or drop the callback.")
+        self.regularizers = regularizers
+        self._engine = RegularizationEngine(regularizers)
+        self._undo: Callable[[], None] | None = None
+
+    @classmethod
+    def l2er(
+        cls,
+        rank_strength: float = 1e-2,
+        rank_layers: list[str] | int | None = None,
+        rank_every_n_steps: int = 8,
+        rank_mode: RankMode = "separate",
+        l2_strength: float = 1e-4,
+    ) -> Regularization:
+        """L2-ER; the arguments are the class attributes of ``L2ERMixin``."""
+        return cls(l2er(rank_strength, rank_layers, rank_every_n_steps, rank_mode, l2_strength))
+
+    def engine(self, pl_module: Any) -> RegularizationEngine:
+        """The callback's own."""
+        return RegularizationEngine(self.regularizers) if self._engine is None else self._engine
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wrap this module's training step for the fit."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit" and self._undo is None:
+            step = pl_module.training_step
+
+            @wraps(step)
+            def training_step(*args: Any, **kwargs: Any) -> Any:
+                return penalised(self._running, pl_module, step, args, kwargs)
+
+            self._undo = shadow_method(pl_module, "training_step", training_step)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give the module its training step back."""
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
+
+
+class MixinRegularization(EngineHooks):
+    """What ``RegularizerMixin`` adds to the Trainer by itself; a class of its own, so that it replaces nobody's callback."""
+
+    def engine(self, pl_module: Any) -> RegularizationEngine:
+        """The module's."""
+        found: RegularizationEngine = pl_module.regularization_engine
+        return found
+
+
+def l2er(
+    rank_strength: float,
+    rank_layers: list[str] | int | None,
+    rank_every_n_steps: int,
+    rank_mode: Literal["separate", "loss"],
+    l2_strength: float,
+) -> list[Regularizer]:
+    """The two regularisers of L2-ER (Prakash et al. 2026, arXiv 2509.22335)."""
+    return [EffectiveRank(rank_strength, rank_layers, rank_every_n_steps, rank_mode), L2(l2_strength)]
+
+
+def penalised(
+    engine: RegularizationEngine, pl_module: Any, step: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """Run a training step and add the penalties that are due to the loss it returns; a measured step is left alone."""
+    if is_measuring():
+        return step(*args, **kwargs)
+    batch = args[0] if args else next(iter(kwargs.values()))
+    rest = args[1:]
+    others = kwargs if args else dict(list(kwargs.items())[1:])
+    with engine.tapped(pl_module, batch, lambda other: step(other, *rest, **others)):
+        returned = step(*args, **kwargs)
+        if returned is None or not getattr(pl_module, "automatic_optimization", True):
+            return returned
+        penalty = engine.penalty(pl_module)
+    return returned if penalty is None else with_penalty(returned, penalty)
+
+
+def with_penalty(returned: Any, penalty: Tensor) -> Any:
+    """A training step's result with the penalty in its loss; other entries of a dict are kept."""
+    if isinstance(returned, Mapping):
+        return {**returned, "loss": returned["loss"] + penalty}
+    return returned + penalty

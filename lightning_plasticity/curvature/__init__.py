@@ -1,0 +1,24 @@
+"""Curvature of a loss at given weights: Hessian, GGN and NTK spectra. Knows modules, and no Trainer."""
+
+from lightning_plasticity.curvature.closure import Evaluation, LossClosure
+from lightning_plasticity.curvature.errors import MeasurementError
+from lightning_plasticity.curvature.functions import ggn_spectrum, hessian_spectrum, ntk_spectrum
+from lightning_plasticity.curvature.hessian import HessianOperator
+from lightning_plasticity.curvature.measure import Measured, measure_gram, measure_hessian
+from lightning_plasticity.curvature.output_loss import OutputLoss
+from lightning_plasticity.curvature.spectrum import Spectrum
+
+__all__ = [
+    "Evaluation",
+    "HessianOperator",
+    "LossClosure",
+    "Measured",
+    "MeasurementError",
+    "OutputLoss",
+    "Spectrum",
+    "ggn_spectrum",
+    "hessian_spectrum",
+    "measure_gram",
+    "measure_hessian",
+    "ntk_spectrum",
+]

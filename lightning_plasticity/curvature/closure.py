@@ -1,0 +1,169 @@
+"""The loss of a module on a batch: from the user's hook, a loss function, or the module's own training step."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_plasticity.curvature.errors import MeasurementError
+from lightning_plasticity.curvature.output_loss import OutputLoss
+from lightning_plasticity.curvature.watch import LossWatcher, explain
+from lightning_plasticity.nn.batches import batch_size
+
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A module's loss on one batch, with its graph.
+
+    Attributes:
+        loss: () mean loss over the batch.
+        num_samples: N, size of the batch.
+        output_loss: the loss as a function of the outputs, which GGN and NTK need; None when it could not be found.
+        note: why it could not be found, or what it leaves out.
+    """
+
+    loss: Tensor
+    num_samples: int
+    output_loss: OutputLoss | None
+    note: str = ""
+
+
+class LossClosure:
+    """Evaluates a module's loss; call it inside ``undisturbed``.
+
+    In order of preference: the module's ``curvature_loss(batch)``; ``loss_fn`` on ``(inputs, targets)`` batches; the
+    module's ``training_step``. Outputs and targets come from ``curvature_outputs(batch)`` where the module has it, else
+    from watching which loss function runs.
+
+    Args:
+        module: any module.
+        loss_fn: ``loss_fn(outputs, targets) -> scalar mean loss``.
+        collected: the list that ``undisturbed`` yields, where a manually optimised step leaves its losses.
+    """
+
+    def __init__(self, module: nn.Module, loss_fn: LossFunction | None = None, collected: list[Tensor] | None = None) -> None:
+        self.module = module
+        self.loss_fn = loss_fn
+        self._collected = [] if collected is None else collected
+
+    def __call__(self, batch: Any, index: int = 0) -> Evaluation:
+        """Evaluate on a batch.
+
+        Raises:
+            MeasurementError: when there is no loss, or it is not finite, or does not depend on a trainable parameter.
+        """
+        with LossWatcher() as watcher:
+            loss = self._loss(batch, index)
+        _check_loss(loss)
+        output_loss, note = explain(loss, watcher.calls)
+        if hasattr(self.module, "curvature_outputs"):
+            output_loss, note = self._named_outputs(batch, watcher)
+        elif self.loss_fn is not None and output_loss is None:
+            output_loss, note = self._plain_outputs(batch), ""
+        num_samples = output_loss.num_samples if output_loss is not None else batch_size(batch)
+        return Evaluation(loss, num_samples, output_loss, note)
+
+    def run(self, batch: Any, index: int = 0) -> None:
+        """Only run the forward pass, for those who watch its activations; any loss will do."""
+        self._loss(batch, index)
+
+    def _loss(self, batch: Any, index: int) -> Tensor:
+        if hasattr(self.module, "curvature_loss"):
+            loss = self.module.curvature_loss(batch)
+            return _as_loss(loss, "curvature_loss")
+        if self.loss_fn is not None:
+            inputs, targets = as_pair(batch)
+            self._outputs = call_model(self.module, inputs)
+            return _as_loss(self.loss_fn(self._outputs, targets), "loss_fn")
+        if not hasattr(self.module, "training_step"):
+            raise MeasurementError(
+                f"{type(self.module).__name__} has no training_step; pass loss_fn, e.g. torch.nn.functional.cross_entropy."
+            )
+        self._collected.clear()
+        step = self.module.training_step
+        returned = step(*_step_arguments(step, batch, index))
+        if self._collected:
+            return torch.stack([loss.reshape(()) for loss in self._collected]).sum()
+        return _as_loss(returned, "training_step")
+
+    def _plain_outputs(self, batch: Any) -> OutputLoss | None:
+        _, targets = as_pair(batch)
+        assert self.loss_fn is not None
+        return OutputLoss(self.loss_fn, self._outputs, targets) if isinstance(self._outputs, Tensor) else None
+
+    def _named_outputs(self, batch: Any, watcher: LossWatcher) -> tuple[OutputLoss | None, str]:
+        outputs, targets = self.module.curvature_outputs(batch)  # type: ignore[operator]
+        if self.loss_fn is not None:
+            return OutputLoss(self.loss_fn, outputs, targets), ""
+        functions = {call.loss.function: call.loss for call in watcher.calls}
+        if len(functions) != 1:
+            found = ", ".join(loss.name for loss in functions.values()) or "none"
+            return None, f"curvature_outputs names the outputs but not the loss (found: {found}); pass loss_fn too."
+        known = next(iter(functions.values()))
+        return OutputLoss(known.function, outputs, targets, known.options), ""
+
+
+def as_pair(batch: Any) -> tuple[Any, Any]:
+    """``(inputs, targets)``.
+
+    Raises:
+        MeasurementError: when the batch is not a pair.
+    """
+    if isinstance(batch, tuple | list) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise MeasurementError(
+        f"loss_fn needs batches (inputs, targets), got {type(batch).__name__}"
+        f"{f' of {len(batch)} items' if isinstance(batch, tuple | list) else ''}; "
+        "define curvature_loss(batch) on the module instead."
+    )
+
+
+def call_model(module: nn.Module, inputs: Any) -> Any:
+    """``module(inputs)``; a tuple is spread over positional arguments, a mapping over keyword arguments."""
+    if isinstance(inputs, Mapping):
+        return module(**inputs)
+    return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
+
+
+def _step_arguments(step: Callable[..., Any], batch: Any, index: int) -> tuple[Any, ...]:
+    """The batch, and the batch and dataloader indices where the step takes them."""
+    parameters = list(inspect.signature(step).parameters.values())
+    names = [parameter.name for parameter in parameters]
+    if "dataloader_iter" in names:
+        raise MeasurementError(
+            "training_step takes a dataloader_iter, so it cannot be run on a probe batch; define curvature_loss(batch)."
+        )
+    if any(parameter.kind is parameter.VAR_POSITIONAL for parameter in parameters):
+        return (batch, index)
+    positional = [p for p in parameters if p.kind is not p.KEYWORD_ONLY and p.kind is not p.VAR_KEYWORD]
+    return (batch, index, 0)[: max(1, min(len(positional), 3))]
+
+
+def _as_loss(returned: Any, source: str) -> Tensor:
+    if isinstance(returned, Mapping):
+        returned = returned.get("loss")
+    if returned is None:
+        raise MeasurementError(
+            f"{source} returned no loss on the probe batch; return a tensor or a dict with 'loss', or define curvature_loss(batch)."
+        )
+    if not isinstance(returned, Tensor) or returned.numel() != 1:
+        shape = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
+        raise MeasurementError(f"{source} returned {shape}, expected a scalar loss; reduce it with .mean().")
+    return returned.reshape(())
+
+
+def _check_loss(loss: Tensor) -> None:
+    if not bool(torch.isfinite(loss)):
+        raise MeasurementError(f"The loss on the probe data is {float(loss)}; look for NaN or inf in weights and data.")
+    if not loss.requires_grad:
+        raise MeasurementError(
+            "The loss does not depend on any trainable parameter: all are frozen, or the step computes it under no_grad, "
+            "through .item() or .detach(). Unfreeze a parameter, or define curvature_loss(batch)."
+        )

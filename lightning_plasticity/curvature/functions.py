@@ -1,0 +1,148 @@
+"""Curvature spectra in one call: a plain module, a loss and data; no Trainer needed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_plasticity.curvature.closure import LossFunction
+from lightning_plasticity.curvature.errors import MeasurementError
+from lightning_plasticity.curvature.measure import (
+    LANCZOS_STEPS,
+    Measured,
+    Method,
+    measure_gram,
+    measure_hessian,
+)
+from lightning_plasticity.curvature.spectrum import Spectrum
+from lightning_plasticity.nn import Mode
+from lightning_plasticity.nn.batches import map_tensors
+
+
+def hessian_spectrum(
+    model: nn.Module,
+    loss_fn: LossFunction | None,
+    data: Any,
+    *,
+    params: str | Sequence[str] | None = None,
+    method: Method = "auto",
+    num_steps: int = LANCZOS_STEPS,
+    mode: Mode = "frozen",
+    seed: int = 0,
+) -> Spectrum:
+    """Spectrum of the Hessian of the mean loss: exact for few parameters, else by Lanczos quadrature with intervals.
+
+    Source: Pearlmutter 1994 for the products; Ghorbani et al. 2019 (arXiv 1901.10159) for Lanczos quadrature, with the
+    estimator and the intervals of ``lightning_plasticity.linalg.quadrature``.
+
+    Args:
+        model: any module; it is left exactly as it was.
+        loss_fn: ``loss_fn(outputs, targets) -> scalar mean loss``; None for a LightningModule's own training step.
+        data: ``(inputs, targets)`` or an iterable of such pairs (a DataLoader); batches are weighted by their size.
+        params: names or wildcards of the parameters that count, e.g. ``"encoder.*"``; None for all trainable ones.
+        method: ``"exact"`` forms the whole matrix, ``"lanczos"`` estimates, ``"auto"`` is exact up to 1000 coordinates
+            with a nonzero row.
+        num_steps: Lanczos steps: 60 is a quick look, 120 the usual choice, 300 careful.
+        mode: ``"frozen"`` (BatchNorm and dropout off, by type), ``"as_is"`` or ``"eval"``.
+        seed: of the probe and of the random state during the measurement.
+
+    Returns:
+        The spectrum over all P chosen coordinates.
+
+    Raises:
+        MeasurementError: when the loss is not finite or depends on no trainable parameter, or there is no data.
+        ValueError: for unknown settings.
+
+    Example:
+        >>> import torch
+        >>> from lightning_plasticity.curvature import hessian_spectrum
+        >>> inputs = torch.tensor([[1.0], [-1.0]])
+        >>> spectrum = hessian_spectrum(torch.nn.Linear(1, 1), torch.nn.MSELoss(), (inputs, torch.zeros(2, 1)))
+        >>> spectrum.eigenvalues
+        tensor([2., 2.], dtype=torch.float64)
+    """
+    measured = Measured(model, as_batches(data, model), loss_fn, params, mode, seed)
+    return measure_hessian(measured, method=method, num_steps=num_steps)
+
+
+def ggn_spectrum(
+    model: nn.Module,
+    loss_fn: LossFunction | None,
+    data: Any,
+    *,
+    params: str | Sequence[str] | None = None,
+    max_rows: int | None = 5000,
+    mode: Mode = "frozen",
+    seed: int = 0,
+) -> Spectrum:
+    """Exact spectrum of the generalised Gauss-Newton matrix (Schraudolph 2002), through its Gram matrix.
+
+    Args:
+        model: any module; it is left exactly as it was.
+        loss_fn: as in ``hessian_spectrum``; must be convex in the outputs.
+        data: as in ``hessian_spectrum``.
+        params: as in ``hessian_spectrum``.
+        max_rows: bound on the Gram matrix's size, N (C - 1) for cross-entropy; only the first samples that fit are used
+            (``num_samples`` of the result says how many). Its decomposition takes about (rows / 1500)^3 / 2 seconds.
+        mode: as in ``hessian_spectrum``.
+        seed: as in ``hessian_spectrum``.
+
+    Returns:
+        The spectrum over all P chosen coordinates; at most ``max_rows`` eigenvalues are not zero.
+
+    Raises:
+        MeasurementError: when outputs and loss cannot be told apart, or the loss is not convex in the outputs.
+
+    Example:
+        >>> import torch
+        >>> from lightning_plasticity.curvature import ggn_spectrum
+        >>> net, data = torch.nn.Linear(4, 3), (torch.randn(10, 4), torch.randint(3, (10,)))
+        >>> ggn_spectrum(net, torch.nn.CrossEntropyLoss(), data).epsilon_rank(1e-6).value  # (4 + 1) * (3 - 1)
+        10.0
+    """
+    measured = Measured(model, as_batches(data, model), loss_fn, params, mode, seed)
+    return measure_gram(measured, "ggn", max_rows=max_rows)
+
+
+def ntk_spectrum(
+    model: nn.Module,
+    loss_fn: LossFunction | None,
+    data: Any,
+    *,
+    params: str | Sequence[str] | None = None,
+    max_rows: int | None = 5000,
+    mode: Mode = "frozen",
+    seed: int = 0,
+) -> Spectrum:
+    """Exact spectrum of the empirical neural tangent kernel J J^T / N (Jacot et al. 2018, arXiv 1806.07572).
+
+    Arguments as in ``ggn_spectrum``; the loss only serves to find the outputs. Reported over the P coordinates, like the
+    other spectra, so that counts compare.
+    """
+    measured = Measured(model, as_batches(data, model), loss_fn, params, mode, seed)
+    return measure_gram(measured, "ntk", max_rows=max_rows)
+
+
+def as_batches(data: Any, model: nn.Module) -> list[Any]:
+    """The probe batches on the model's device.
+
+    Raises:
+        MeasurementError: when there is none.
+    """
+    if isinstance(data, tuple | list) and len(data) == 2 and all(_is_batched(part) for part in data):
+        data = [data]
+    elif not isinstance(data, Iterable):
+        raise TypeError(f"data is {type(data).__name__}, expected (inputs, targets) or an iterable of such pairs.")
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    batches = [map_tensors(batch, lambda tensor: tensor.to(device)) for batch in data]
+    if not batches:
+        raise MeasurementError("data holds no batch; pass (inputs, targets) or a non-empty iterable of such pairs.")
+    return batches
+
+
+def _is_batched(part: Any) -> bool:
+    """Inputs or targets, and not a pair of them."""
+    return isinstance(part, Tensor | dict)

@@ -1,0 +1,255 @@
+"""Measure a curvature spectrum of anything that a ``LossClosure`` can evaluate, undisturbed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_plasticity.curvature.closure import Evaluation, LossClosure, LossFunction
+from lightning_plasticity.curvature.errors import MeasurementError
+from lightning_plasticity.curvature.gram import Gram, GramRows, assemble, collect_rows, disagreements
+from lightning_plasticity.curvature.hessian import MAX_ASYMMETRY, HessianOperator
+from lightning_plasticity.curvature.layers import LayerTaps
+from lightning_plasticity.curvature.output_loss import OutputLoss
+from lightning_plasticity.curvature.spectrum import Spectrum
+from lightning_plasticity.linalg import stochastic_lanczos_quadrature
+from lightning_plasticity.nn import Mode, undisturbed
+
+Method = Literal["auto", "exact", "lanczos"]
+METHODS = ("auto", "exact", "lanczos")
+EXACT_LIMIT = 1000  # live coordinates up to which "auto" forms the whole Hessian
+MAX_ROWS = 1500  # rows of the Gram matrix that a default measurement allows: half a second to decompose
+LANCZOS_STEPS = 120
+# Rounding of one eigenvalue relative to the largest, by the dtype of the products.
+RESOLUTION = {torch.float64: 1e-13, torch.float32: 1e-6}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What to measure on: a module, its batches and how the loss is found.
+
+    Attributes:
+        module: any module, run as it is.
+        batches: the probe data, already on the module's device.
+        loss_fn: ``loss_fn(outputs, targets)``, or None to use the module's own hooks or training step.
+        params: names or wildcards of the parameters that count; None for all trainable ones.
+        mode: what BatchNorm and dropout do, see ``undisturbed``.
+        seed: of the random state during the measurement, and of the probes.
+        optimizers: live optimizers of a manually optimised module.
+        schedulers: their schedulers.
+    """
+
+    module: nn.Module
+    batches: Sequence[Any]
+    loss_fn: LossFunction | None = None
+    params: str | Sequence[str] | None = None
+    mode: Mode = "frozen"
+    seed: int = 0
+    optimizers: Sequence[Any] = ()
+    schedulers: Sequence[Any] = ()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that count, each once.
+
+        Raises:
+            MeasurementError: when there is none.
+            ValueError: when a pattern matches none.
+        """
+        named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad and p.is_floating_point()]
+        if not named:
+            raise MeasurementError(
+                f"{type(self.module).__name__} has no trainable parameter; curvature needs at least one with requires_grad."
+            )
+        if self.params is None:
+            return [parameter for _, parameter in named]
+        patterns = [self.params] if isinstance(self.params, str) else list(self.params)
+        chosen = [p for name, p in named if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        if not chosen:
+            raise ValueError(f"params={patterns} match nothing; those that exist: {', '.join(name for name, _ in named)}.")
+        return chosen
+
+    def __post_init__(self) -> None:
+        """Refuse empty probe data here, once for all measurements."""
+        if not self.batches:
+            raise MeasurementError("There is no probe data: the loader or the data argument gave no batch.")
+
+    @contextmanager
+    def open(self) -> Iterator[LossClosure]:
+        """The closure that evaluates the loss, inside the undisturbed context."""
+        context = undisturbed(
+            self.module, mode=self.mode, seed=self.seed, optimizers=self.optimizers, schedulers=self.schedulers
+        )
+        with context as collected:
+            yield LossClosure(self.module, self.loss_fn, collected)
+
+
+def measure_hessian(
+    measured: Measured,
+    *,
+    method: Method = "auto",
+    num_steps: int = LANCZOS_STEPS,
+    exact_limit: int = EXACT_LIMIT,
+    check_symmetry: bool = True,
+) -> Spectrum:
+    """The Hessian's spectrum; arguments as in ``hessian_spectrum``."""
+    _check_method(method)
+    started = time.perf_counter()
+    parameters = measured.parameters()
+    generator = torch.Generator().manual_seed(measured.seed)
+    with measured.open() as closure:
+        evaluations = _evaluate_all(measured, closure)
+        total = sum(evaluation.num_samples for evaluation in evaluations)
+        operator = HessianOperator(
+            [evaluation.loss for evaluation in evaluations],
+            [evaluation.num_samples / total for evaluation in evaluations],
+            parameters,
+        )
+        if check_symmetry:
+            _check_symmetry(operator, generator)
+        live = operator.live_coordinates(generator)
+        num_live = int(live.sum())
+        about: dict[str, Any] = {"matrix": "hessian", "num_samples": total}
+        exact = method == "exact" or (method == "auto" and num_live <= exact_limit) or num_live == 0
+        if exact:
+            values = torch.linalg.eigvalsh(_finite(operator.dense(live)))
+            spectrum = Spectrum.from_eigenvalues
+            result: Any = values
+        else:
+            spectrum = Spectrum.from_quadrature
+            result = stochastic_lanczos_quadrature(
+                operator.matvec, operator.num_params, num_steps, generator=generator, mask=live, dtype=operator.dtype, device=operator.device
+            )
+            values = torch.tensor(result.nodes)
+    top = float(values.abs().max()) if len(values) else 0.0
+    about |= {
+        "method": "exact" if exact else "lanczos",
+        "num_products": operator.num_products,
+        "seconds": time.perf_counter() - started,
+        "resolution": RESOLUTION.get(operator.dtype, 1e-2) * top,
+        "settings": {"dtype": _name(operator.dtype), "mode": measured.mode, "live_coordinates": num_live},
+    }
+    return spectrum(result, operator.num_params, **about)
+
+
+def measure_gram(measured: Measured, matrix: Literal["ggn", "ntk"], *, max_rows: int | None = None) -> Spectrum:
+    """The GGN's or the NTK's exact spectrum; arguments as in ``ggn_spectrum``."""
+    started = time.perf_counter()
+    parameters = measured.parameters()
+    note = ""
+    excluded: set[nn.Module] = set()
+    while True:
+        batches: list[GramRows] = []
+        room = None
+        for index, batch in enumerate(measured.batches):
+            with measured.open() as closure, LayerTaps(measured.module) as taps:
+                evaluation = closure(batch, index)
+                output_loss, note = _require_outputs(evaluation), evaluation.note
+                per_sample = _columns_per_sample(output_loss, matrix)
+                room = max(1, max_rows // max(1, per_sample)) if room is None and max_rows is not None else room
+                take = output_loss.num_samples if room is None else min(room, output_loss.num_samples)
+                columns = _columns(output_loss.first(take), matrix)
+                batches.append(collect_rows(output_loss.outputs, columns, taps, parameters, excluded))
+                dtype = output_loss.outputs.dtype
+                room = None if room is None else room - take
+            if room == 0:
+                break
+        if not (torn := disagreements(batches)):
+            break
+        excluded |= torn
+    gram = assemble(_as_one_mean(batches) if matrix == "ggn" else batches)
+    values = torch.linalg.eigvalsh(_finite(gram.matrix)) / (gram.num_samples if matrix == "ntk" else 1)
+    num_params = sum(parameter.numel() for parameter in parameters)
+    values = values.clamp_min(0.0)[-num_params:]
+    top = float(values.max()) if len(values) else 0.0
+    return Spectrum.from_eigenvalues(
+        values,
+        num_params,
+        matrix=matrix,
+        method="gram",
+        num_samples=gram.num_samples,
+        num_products=gram.num_backward,
+        seconds=time.perf_counter() - started,
+        resolution=RESOLUTION.get(dtype, 1e-2) * top,
+        settings=_gram_settings(gram, measured, dtype, note),
+    )
+
+
+def _gram_settings(gram: Gram, measured: Measured, dtype: torch.dtype, note: str) -> dict[str, Any]:
+    settings: dict[str, Any] = {"dtype": _name(dtype), "mode": measured.mode, "rows": len(gram.matrix)}
+    if gram.general:
+        names = {parameter: name for name, parameter in measured.module.named_parameters()}
+        settings["general_route"] = [names[parameter] for parameter in gram.general]
+    if note:
+        settings["note"] = note
+    return settings
+
+
+def _as_one_mean(batches: list[GramRows]) -> list[GramRows]:
+    """Turn means over each batch into a mean over all samples: rows of batch b times sqrt(N_b / N)."""
+    total = sum(batch.num_samples for batch in batches)
+    for batch in batches:
+        factor = (batch.num_samples / total) ** 0.5
+        for layer in batch.layers.values():
+            layer.gradients.mul_(factor)
+        for rows in batch.general.values():
+            rows.mul_(factor)
+    return batches
+
+
+def _columns_per_sample(loss: OutputLoss, matrix: str) -> int:
+    """How many Gram rows one sample costs, at most."""
+    size = loss.outputs[0].numel()
+    if matrix == "ggn" and loss.name in ("cross_entropy", "nll_loss") and loss.outputs.ndim >= 2:
+        return size - size // loss.outputs.shape[1]
+    return size
+
+
+def _columns(loss: OutputLoss, matrix: str) -> Tensor:
+    """(R, N, ...) output directions: of the GGN scaled by the loss's curvature, of the NTK the unit vectors."""
+    if matrix == "ggn":
+        return loss.hessian_factor()
+    size = loss.outputs[0].numel()
+    units = torch.eye(size, dtype=torch.float64, device=loss.outputs.device)[:, None, :]
+    return units.expand(size, loss.num_samples, size).reshape(size, *loss.outputs.shape).clone()
+
+
+def _evaluate_all(measured: Measured, closure: LossClosure) -> list[Evaluation]:
+    return [closure(batch, index) for index, batch in enumerate(measured.batches)]
+
+
+def _require_outputs(evaluation: Evaluation) -> OutputLoss:
+    if evaluation.output_loss is None:
+        raise MeasurementError(evaluation.note)
+    return evaluation.output_loss
+
+
+def _check_symmetry(operator: HessianOperator, generator: torch.Generator) -> None:
+    asymmetry = operator.asymmetry(generator)
+    if asymmetry > MAX_ASYMMETRY:
+        raise MeasurementError(
+            f"The Hessian-vector product is not symmetric (relative asymmetry {asymmetry:.2g}): a layer's double backward is "
+            "wrong (a custom autograd.Function with once_differentiable, say) or the step changes weights. "
+            "Define curvature_loss(batch) without it."
+        )
+
+
+def _check_method(method: str) -> None:
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}, expected one of {METHODS}.")
+
+
+def _finite(matrix: Tensor) -> Tensor:
+    if not bool(torch.isfinite(matrix).all()):
+        raise MeasurementError("The curvature matrix holds NaN or inf; look for them in weights, data and loss.")
+    return matrix
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

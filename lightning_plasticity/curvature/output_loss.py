@@ -1,0 +1,208 @@
+"""A loss seen as a function of the network's outputs, and a square root of its Hessian there.
+
+The generalised Gauss-Newton matrix is G = J^T H_out J (Schraudolph 2002) with J the Jacobian of the outputs and H_out the
+Hessian of the loss in them. A factor S with S S^T = H_out gives its nonzero spectrum as that of the Gram matrix
+S^T J J^T S. For softmax cross-entropy S has C - 1 columns a sample and no cancellation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F  # noqa: N812
+
+from lightning_plasticity.curvature.errors import MeasurementError
+
+
+@dataclass(frozen=True)
+class OutputLoss:
+    """One call ``function(outputs, targets, **options)`` with a scalar result.
+
+    Attributes:
+        function: the loss function; those of ``torch.nn.functional`` listed in ``CLOSED_FORMS`` get an exact factor.
+        outputs: (N, ...) outputs of the network, with their graph.
+        targets: what ``function`` takes second.
+        options: keyword arguments of the call.
+    """
+
+    function: Callable[..., Tensor]
+    outputs: Tensor
+    targets: Any
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return self.outputs.shape[0]
+
+    @property
+    def name(self) -> str:
+        """The loss function's name."""
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    def first(self, num_samples: int) -> OutputLoss:
+        """The same loss on the first samples only (a mean over them, where the loss is a mean)."""
+        total = self.num_samples
+        if num_samples >= total:
+            return self
+        targets = self.targets
+        if isinstance(targets, Tensor) and targets.ndim and targets.shape[0] == total:
+            targets = targets[:num_samples]
+        options = dict(self.options)
+        weight = options.get("weight")
+        if isinstance(weight, Tensor) and self.function is not F.cross_entropy and weight.ndim == self.outputs.ndim:
+            options["weight"] = weight[:num_samples] if weight.shape[0] == total else weight
+        return replace(self, outputs=self.outputs[:num_samples], targets=targets, options=options)
+
+    def hessian_factor(self) -> Tensor:
+        """(R, N, ...) columns S_r, each shaped like the outputs, with sum_r S_r S_r^T the Hessian, sample by sample.
+
+        Raises:
+            MeasurementError: when the loss is not convex in the outputs, or mixes samples.
+        """
+        with torch.no_grad():
+            closed = CLOSED_FORMS.get(self.function)
+            factor = closed(self) if closed is not None else None
+        return _autograd_factor(self) if factor is None else factor
+
+    def value(self, outputs: Tensor) -> Tensor:
+        """The loss at other outputs."""
+        return self.function(outputs, self.targets, **self.options)
+
+
+def _cross_entropy_factor(loss: OutputLoss) -> Tensor | None:
+    """Columns sqrt(omega) diag(sqrt p) Q, Q the first C-1 columns of the Householder matrix that maps sqrt(p) to -e_C."""
+    outputs = loss.outputs
+    if outputs.ndim < 2:
+        return None
+    num_classes = outputs.shape[1]
+    logits = outputs.reshape(outputs.shape[0], num_classes, -1).double()  # (N, C, T)
+    root = torch.softmax(logits, dim=1).sqrt()
+    u = root.clone()
+    u[:, -1] += 1.0
+    omega = _cross_entropy_weights(loss).reshape(outputs.shape[0], -1)  # (N, T)
+    num_positions = logits.shape[2]
+    shape = (num_positions, num_classes - 1, *logits.shape)
+    factor = torch.zeros(shape, dtype=torch.float64, device=outputs.device)
+    for t in range(num_positions):
+        # Q[c, j] = delta_cj - u_c u_j / (1 + sqrt p_C) for j < C; u has no cancellation since sqrt p >= 0.
+        q = -u[:, :, None, t] * u[:, None, :-1, t] / u[:, -1:, None, t]  # (N, C, C-1)
+        q += torch.eye(num_classes, num_classes - 1, dtype=q.dtype, device=q.device)
+        columns = root[:, :, None, t] * q * omega[:, None, None, t].sqrt()
+        factor[t, :, :, :, t] = columns.permute(2, 0, 1)
+    return factor.reshape(-1, *outputs.shape)
+
+
+def _cross_entropy_weights(loss: OutputLoss) -> Tensor:
+    """(N, ...) what multiplies diag(p) - p p^T at each position, the reduction included."""
+    options, targets, num_classes = loss.options, loss.targets, loss.outputs.shape[1]
+    smoothing = float(options.get("label_smoothing") or 0.0)
+    weight = options.get("weight")
+    class_weight = torch.ones(num_classes, device=loss.outputs.device) if weight is None else weight
+    class_weight = class_weight.double()
+    if targets.is_floating_point():  # class probabilities
+        probabilities = targets.double() * (1 - smoothing) + smoothing / num_classes
+        omega = torch.einsum("nc...,c->n...", probabilities, class_weight)
+        norm = torch.tensor(float(omega.numel()))
+    else:
+        kept = targets != options.get("ignore_index", -100)
+        own = class_weight[targets.clamp(0, num_classes - 1)] * kept
+        omega = (1 - smoothing) * own + smoothing * class_weight.mean() * kept
+        norm = own.sum()
+    return omega / norm if options.get("reduction", "mean") == "mean" else omega
+
+
+def _nll_factor(loss: OutputLoss) -> Tensor | None:
+    """On normalised log-probabilities the negative log-likelihood is a cross-entropy, and has the same GGN."""
+    total = torch.logsumexp(loss.outputs.double(), dim=1)
+    if not torch.allclose(total, torch.zeros_like(total), atol=1e-3):
+        raise MeasurementError(
+            "nll_loss is called on values that are not log-probabilities (their exponentials do not sum to 1), so the loss "
+            "has no curvature in them. Call cross_entropy on the logits, or define curvature_outputs(batch)."
+        )
+    return _cross_entropy_factor(loss)
+
+
+def _mse_factor(loss: OutputLoss) -> Tensor | None:
+    outputs = loss.outputs
+    if loss.options.get("weight") is not None or outputs.shape != loss.targets.shape:
+        return None
+    scale = 2.0 / (outputs.numel() if loss.options.get("reduction", "mean") == "mean" else 1)
+    return _diagonal_factor(outputs, torch.full(outputs.shape, scale, dtype=torch.float64, device=outputs.device))
+
+
+def _bce_factor(loss: OutputLoss) -> Tensor | None:
+    outputs, options = loss.outputs, loss.options
+    if outputs.shape != loss.targets.shape:
+        return None
+    p = torch.sigmoid(outputs.double())
+    curvature = p * torch.sigmoid(-outputs.double())
+    if options.get("pos_weight") is not None:
+        curvature = curvature * (1 + (options["pos_weight"].double() - 1) * loss.targets.double())
+    if options.get("weight") is not None:
+        curvature = curvature * options["weight"].double()
+    if options.get("reduction", "mean") == "mean":
+        curvature = curvature / outputs.numel()
+    return _diagonal_factor(outputs, curvature)
+
+
+def _diagonal_factor(outputs: Tensor, curvature: Tensor) -> Tensor:
+    """(O, N, ...) one column for each of the O outputs of a sample, from second derivatives shaped like the outputs."""
+    flat = curvature.reshape(outputs.shape[0], -1).sqrt()
+    return torch.diag_embed(flat).permute(1, 0, 2).reshape(-1, *outputs.shape)
+
+
+def _autograd_factor(loss: OutputLoss) -> Tensor:
+    """Any other twice differentiable loss: its block of second derivatives per sample, by double backward."""
+    with torch.enable_grad():
+        outputs = loss.outputs.detach().double().requires_grad_(True)
+        value = loss.value(outputs)
+        (gradient,) = torch.autograd.grad(value, outputs, create_graph=True)
+        if not gradient.requires_grad:
+            raise MeasurementError(
+                f"{loss.name} has no second derivative in the outputs; the GGN is zero or undefined. "
+                "Measure the Hessian only: quantities=('hessian',)."
+            )
+        size = outputs[0].numel()
+        rows = []
+        for index in range(size):
+            direction = torch.zeros(outputs.shape[0], size, dtype=torch.float64, device=outputs.device)
+            direction[:, index] = 1.0
+            (row,) = torch.autograd.grad(gradient, outputs, direction.reshape(outputs.shape), retain_graph=True)
+            rows.append(row.reshape(outputs.shape[0], size))
+        blocks = torch.stack(rows, dim=1)  # (N, O, O)
+        _check_separable(gradient, outputs, blocks)
+    values, vectors = torch.linalg.eigh(0.5 * (blocks + blocks.transpose(1, 2)))
+    if float(values.min()) < -1e-9 * max(float(values.max()), 1e-300):
+        raise MeasurementError(
+            f"{loss.name} is not convex in the outputs (a second derivative is {float(values.min()):.3g}), so its GGN is not "
+            "positive semidefinite and has no square root. Measure the Hessian only: quantities=('hessian',)."
+        )
+    columns = vectors * values.clamp_min(0.0).sqrt()[:, None, :]  # (N, O, R)
+    return columns.permute(2, 0, 1).reshape(-1, *outputs.shape)
+
+
+def _check_separable(gradient: Tensor, outputs: Tensor, blocks: Tensor) -> None:
+    """A loss that mixes samples (contrastive, ranking) is not block diagonal: its blocks miss part of the Hessian."""
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(blocks.shape[:2], generator=generator, dtype=torch.float64).to(outputs.device)
+    (product,) = torch.autograd.grad(gradient, outputs, direction.reshape(outputs.shape), retain_graph=True)
+    expected = torch.einsum("nij,nj->ni", blocks, direction).reshape(outputs.shape)
+    scale = float(product.abs().max())
+    if float((product - expected).abs().max()) > 1e-6 * max(scale, 1e-300):
+        raise MeasurementError(
+            "The loss mixes samples (its second derivatives couple different rows of the outputs), so it has no per-sample "
+            "GGN. Measure the Hessian only: quantities=('hessian',)."
+        )
+
+
+CLOSED_FORMS: dict[Callable[..., Any], Callable[[OutputLoss], Tensor | None]] = {
+    F.cross_entropy: _cross_entropy_factor,
+    F.nll_loss: _nll_factor,
+    F.mse_loss: _mse_factor,
+    F.binary_cross_entropy_with_logits: _bce_factor,
+}

@@ -1,0 +1,46 @@
+"""Linear algebra on tensors and matrix-vector products: ranks, units, Lanczos. Knows nothing of modules."""
+
+from lightning_plasticity.linalg.effective_rank import effective_rank
+from lightning_plasticity.linalg.estimate import Estimate
+from lightning_plasticity.linalg.feature_matrix import as_feature_matrix
+from lightning_plasticity.linalg.lanczos import LanczosResult, Matvec, lanczos
+from lightning_plasticity.linalg.quadrature import LanczosQuadrature, stochastic_lanczos_quadrature
+from lightning_plasticity.linalg.ranks import (
+    approximate_rank,
+    effective_rank_of,
+    feature_rank,
+    numerical_rank,
+    participation_ratio,
+    participation_ratio_of,
+    singular_values,
+    srank,
+    srank_of,
+    stable_rank,
+    stable_rank_of,
+)
+from lightning_plasticity.linalg.units import dead_units, dormancy_scores, dormant_units
+
+__all__ = [
+    "Estimate",
+    "LanczosQuadrature",
+    "LanczosResult",
+    "Matvec",
+    "approximate_rank",
+    "as_feature_matrix",
+    "dead_units",
+    "dormancy_scores",
+    "dormant_units",
+    "effective_rank",
+    "effective_rank_of",
+    "feature_rank",
+    "lanczos",
+    "numerical_rank",
+    "participation_ratio",
+    "participation_ratio_of",
+    "singular_values",
+    "srank",
+    "srank_of",
+    "stable_rank",
+    "stable_rank_of",
+    "stochastic_lanczos_quadrature",
+]

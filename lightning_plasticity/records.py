@@ -1,0 +1,92 @@
+"""What a monitor writes down: one ``TaskRecord`` for each measurement, in memory and as a line of JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_plasticity.linalg import Estimate
+
+FILE_NAME = "plasticity.jsonl"
+
+
+@dataclass(frozen=True)
+class TaskRecord:
+    """One measurement at a task boundary.
+
+    Attributes:
+        monitor: which monitor made it.
+        task: index of the task, from 0.
+        phase: ``"start"`` (before the first update on the task) or ``"end"`` (after the last).
+        step: cumulative optimizer step.
+        values: numbers by key (as logged), each with its interval.
+        settings: what was measured on and how: samples, dtype, mode, method.
+        seconds: wall time of the measurement.
+        failure: why nothing could be measured, else None.
+        spectra: file names of the spectra, beside the record, by matrix.
+    """
+
+    monitor: str
+    task: int
+    phase: str
+    step: int
+    values: Mapping[str, Estimate] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    seconds: float = 0.0
+    failure: str | None = None
+    spectra: Mapping[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain Python, for JSON and checkpoints; NaN and infinities become strings."""
+        plain = asdict(self)
+        plain["values"] = {key: [_to_json(x) for x in asdict(value).values()] for key, value in self.values.items()}
+        return plain
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> TaskRecord:
+        """The record that ``to_dict`` described."""
+        values = {key: Estimate(*(float(x) for x in numbers)) for key, numbers in plain["values"].items()}
+        return cls(**{**plain, "values": values})
+
+
+def _to_json(number: float) -> float | str:
+    return float(number) if math.isfinite(number) else str(float(number))
+
+
+def append_record(directory: str | os.PathLike[str], record: TaskRecord) -> None:
+    """Append one line to ``plasticity.jsonl`` in a directory, which is made when missing."""
+    path = Path(directory)
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / FILE_NAME, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record.to_dict(), allow_nan=False) + "\n")
+
+
+def read_records(path: str | os.PathLike[str]) -> list[TaskRecord]:
+    """The records of a run, from its ``plasticity.jsonl`` or the directory that holds it, in the order of time.
+
+    Where a resumed run measured a boundary again, the last measurement counts. A line cut short by a crash is skipped.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+    """
+    file = Path(path)
+    if file.is_dir():
+        file = file / FILE_NAME
+    if not file.exists():
+        raise FileNotFoundError(f"No {FILE_NAME} at {path}; pass a run's log directory, such as lightning_logs/version_0.")
+    found: dict[tuple[str, int, str], TaskRecord] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            plain = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        record = TaskRecord.from_dict(plain)
+        key = (record.monitor, record.task, record.phase)
+        found.pop(key, None)
+        found[key] = record
+    return list(found.values())
