@@ -14,7 +14,7 @@ from lightning_plasticity._optional import require
 from lightning_plasticity.curvature import Spectrum
 
 HISTOGRAM_BINS = 60
-DECADES_BELOW = 10  # of the largest eigenvalue that a histogram or a figure shows
+DECADES_BELOW = 8  # of the largest eigenvalue that a histogram or a figure shows
 
 
 def log_scalars(loggers: Iterable[Any], values: Mapping[str, float], step: int) -> None:
@@ -97,7 +97,7 @@ def draw_spectra(axes: Any, spectra: Mapping[int, Spectrum], title: str) -> None
     axes.set(xscale="log", yscale="log", xlabel="number of eigenvalues at least this large", ylabel="|eigenvalue|")
     axes.set_title(title)
     if top > 0:
-        axes.set_ylim(bottom=top * 10.0**-DECADES_BELOW)
+        axes.set_ylim(top * 10.0**-DECADES_BELOW, 2 * top)
     handles, labels = axes.get_legend_handles_labels()
     stride = max(1, len(labels) // 6)
     if labels:

@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning_plasticity._optional import require
 from lightning_plasticity.curvature import Spectrum
+from lightning_plasticity.demo.train import run_directory
 from lightning_plasticity.loggers import draw_spectra
 from lightning_plasticity.records import read_records
 
@@ -34,11 +35,13 @@ def draw_report(summary: dict[str, Any], out: Path, path: Path) -> None:
     axes[0, 0].legend()
     for place, method in zip((axes[0, 2], axes[1, 2]), summary["methods"], strict=True):
         draw_spectra(place, _spectra(out, method, summary["seed"]), f"GGN spectrum at task start: {NAMES[method]}")
+    axes[1, 2].sharex(axes[0, 2])
+    axes[1, 2].sharey(axes[0, 2])
     figure.suptitle("Random-label digits: plain training loses its curvature and its accuracy, L2-ER keeps both")
     figure.savefig(path, dpi=120)
 
 
 def _spectra(out: Path, method: str, seed: int) -> dict[int, Spectrum]:
-    directory = out / "tensorboard" / method / f"seed{seed}"
+    directory = run_directory(out, method, seed)
     records = [record for record in read_records(directory) if "ggn" in record.spectra]
     return {record.task: Spectrum.load(directory / record.spectra["ggn"]) for record in records}

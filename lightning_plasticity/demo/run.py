@@ -10,23 +10,22 @@ from queue import Empty
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from lightning_plasticity.demo.network import METHODS
-from lightning_plasticity.demo.report import draw_report
+from lightning_plasticity.demo.report import NAMES, draw_report
 from lightning_plasticity.demo.train import Row, train
 
 COLUMNS = {
     "online_accuracy": ("online accuracy", "{:.2f}"),
-    "ggn_eps_rank_0.01": ("GGN > 0.01", "{:.0f}"),
+    "ggn_eps_rank_0.01": ("GGN eig. > 0.01", "{:.0f}"),
     "effective_rank": ("effective rank", "{:.1f}"),
     "dead_units": ("dead units", "{:.0%}"),
 }
-NAMES = {"plain": "plain", "l2er": "L2-ER"}
+CELL = 9
 Rows = dict[str, list[Row]]
 
 
-def run_demo(seed: int, out: Path, num_tasks: int = 16, epochs: int = 30, console: Console | None = None) -> dict[str, Any]:
+def run_demo(seed: int, out: Path, num_tasks: int = 16, epochs: int = 30) -> dict[str, Any]:
     """Train both networks in a process each and write ``summary.json``, ``report.png`` and TensorBoard files.
 
     Args:
@@ -34,29 +33,26 @@ def run_demo(seed: int, out: Path, num_tasks: int = 16, epochs: int = 30, consol
         out: directory for the results; made when missing.
         num_tasks: length of the stream.
         epochs: epochs per task.
-        console: where the table goes.
 
     Returns:
         What ``summary.json`` holds: for each method lists over tasks, and the seconds it all took.
 
     Raises:
-        RuntimeError: when a network's process fails; its traceback is printed by that process.
+        RuntimeError: when a network's process fails; that process prints its traceback.
     """
-    console = Console() if console is None else console
+    console = Console(soft_wrap=True, highlight=False)
     out.mkdir(parents=True, exist_ok=True)
-    console.print(
-        f"Random-label digits, seed {seed}: {num_tasks} tasks of 400 images, {epochs} epochs each. "
-        "Chance is 0.10; curvature and ranks are measured before each task's first update.\n"
-    )
+    console.print(f"Seed {seed}: {num_tasks} tasks, each gives new random labels to 400 handwritten digits ({epochs} epochs).")
+    console.print("Accuracy is online, chance is 0.10; the rest is measured before each task's first update.\n")
     started = time.perf_counter()
     rows = _train_both(seed, out, num_tasks, epochs, console)
     methods = {method: {key: [row[key] for row in rows[method]] for key in COLUMNS} for method in METHODS}
     summary = {"seed": seed, "methods": methods, "seconds": round(time.perf_counter() - started, 1)}
     (out / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
     draw_report(summary, out, out / "report.png")
-    console.print(_summary_table(methods))
-    console.print(f"{summary['seconds']:.0f} s. Picture: {out / 'report.png'}  numbers: {out / 'summary.json'}")
-    console.print(f"Spectra over all tasks: tensorboard --logdir {out / 'tensorboard'}", soft_wrap=True)
+    console.print(_conclusion(methods))
+    console.print(f"\nTook {summary['seconds']:.0f} s.  Picture: {out / 'report.png'}  numbers: {out / 'summary.json'}")
+    console.print(f"Spectra over all tasks: tensorboard --logdir {out / 'tensorboard'}")
     return summary
 
 
@@ -72,7 +68,7 @@ def _train_both(seed: int, out: Path, num_tasks: int, epochs: int, console: Cons
     rows: Rows = {method: [] for method in METHODS}
     console.print(_header())
     shown = 0
-    while any(len(done) < num_tasks for done in rows.values()):
+    while shown < num_tasks:
         try:
             method, row = queue.get(timeout=1.0)
         except Empty:
@@ -88,44 +84,37 @@ def _train_both(seed: int, out: Path, num_tasks: int, epochs: int, console: Cons
 
 
 def _worker(method: str, seed: int, out: Path, num_tasks: int, epochs: int, queue: Any) -> None:
-    train(method, seed, out, num_tasks, epochs, lambda task, row: queue.put((method, row)))
+    train(method, seed, out, num_tasks, epochs, lambda row: queue.put((method, row)))
 
 
 def _check_alive(workers: dict[str, Any], rows: Rows, num_tasks: int) -> None:
     for method, worker in workers.items():
-        if worker.exitcode not in (None, 0) and len(rows[method]) < num_tasks:
+        if worker.exitcode is not None and len(rows[method]) < num_tasks:
             for other in workers.values():
                 other.terminate()
             raise RuntimeError(
-                f"Training {method} stopped with exit code {worker.exitcode} after {len(rows[method])} tasks; see its error above."
+                f"Training {method} stopped with exit code {worker.exitcode} after {len(rows[method])} tasks; "
+                "its error is printed above."
             )
 
 
 def _header() -> str:
-    titles = "".join(f"{title:>32}" for title in ("online accuracy", "GGN eigenvalues > 0.01", "effective rank"))
-    return f"{'task':>4}{titles}{'dead units':>20}\n{'':>4}" + "".join(f"{NAMES[m]:>16}" for _ in range(3) for m in METHODS) + "".join(
-        f"{NAMES[m]:>10}" for m in METHODS
-    )
+    titles = "".join(f"{title:>{2 * CELL}}" for title, _ in COLUMNS.values())
+    return f"task{titles}\n    " + "".join(f"{NAMES[method]:>{CELL}}" for _ in COLUMNS for method in METHODS)
 
 
 def _line(task: int, rows: dict[str, Row]) -> str:
-    cells = []
-    for key, (_, style) in COLUMNS.items():
-        width = 10 if key == "dead_units" else 16
-        cells += [f"{style.format(rows[method][key]):>{width}}" for method in METHODS]
-    return f"{task + 1:>4}" + "".join(cells)
+    cells = [style.format(rows[method][key]) for key, (_, style) in COLUMNS.items() for method in METHODS]
+    return f"{task + 1:>4}" + "".join(f"{cell:>{CELL}}" for cell in cells)
 
 
-def _summary_table(methods: dict[str, dict[str, list[float]]]) -> Table:
-    table = Table(title="From the second task to the last")
-    table.add_column("")
-    for method in METHODS:
-        table.add_column(NAMES[method], justify="right")
-    for key, (title, style) in COLUMNS.items():
-        cells = []
-        for method in METHODS:
-            values = methods[method][key]
-            first = values[1] if len(values) > 1 else values[0]
-            cells.append(f"{style.format(first)} -> {style.format(values[-1])}")
-        table.add_row(title, *cells)
-    return table
+def _conclusion(methods: dict[str, dict[str, list[float]]]) -> str:
+    """The second task against the last one, for each network."""
+    lines = ["", "From the second task (a fresh network's curvature says little) to the last:"]
+    for method, numbers in methods.items():
+        parts = []
+        for key, (title, style) in COLUMNS.items():
+            second = numbers[key][min(1, len(numbers[key]) - 1)]
+            parts.append(f"{title} {style.format(second)} -> {style.format(numbers[key][-1])}")
+        lines.append(f"{NAMES[method]:>7}: " + ", ".join(parts))
+    return "\n".join(lines)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 from lightning_plasticity.callbacks import EveryNEpochs, FeatureRankMonitor, HessianSpectrumMonitor, TaskTracker
 from lightning_plasticity.demo.network import METHODS
+from lightning_plasticity.records import FILE_NAME
 from lightning_plasticity.streams import RandomLabelDigits
 
 PROBE_SAMPLES = 150
@@ -21,42 +24,54 @@ Row = dict[str, float]
 
 
 class RowReporter(Callback):
-    """Sends (task, row) when a task ends."""
+    """Sends a row when a task ends: its mean online accuracy, and what the monitors saw at its start."""
 
-    def __init__(self, spectra: HessianSpectrumMonitor, features: FeatureRankMonitor, send: Callable[[int, Row], None]):
+    def __init__(
+        self, spectra: HessianSpectrumMonitor, features: FeatureRankMonitor, send: Callable[[Row], None]
+    ) -> None:
         self.spectra = spectra
         self.features = features
         self.send = send
+        self._accuracies: list[Tensor] = []
 
-    def on_task_end(self, trainer: Any, pl_module: Any, task: int) -> None:
-        """The module's hook, which closes the accuracy, comes after the callbacks': hence the mean taken here."""
-        accuracy = float(torch.stack(pl_module._correct).mean())
-        self.send(task, row_of(self.spectra, self.features) | {"online_accuracy": accuracy})
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Collect the accuracy before each update."""
+        self._accuracies.append(outputs["accuracy"])
+
+    def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
+        """Close the row."""
+        accuracy = float(torch.stack(self._accuracies).mean())
+        self._accuracies.clear()
+        for logger in trainer.loggers:
+            logger.log_metrics({"online_accuracy": accuracy}, step=trainer.global_step)
+        self.send({"online_accuracy": accuracy} | self._measured())
+
+    def _measured(self) -> Row:
+        curvature, ranks = self.spectra.records[-1].values, self.features.records[-1].values
+        last_layer = [key for key in ranks if key.startswith("plasticity/features/effective_rank/")][-1]
+        return {
+            "ggn_eps_rank_0.01": curvature["plasticity/ggn/eps_rank_0.01"].value,
+            "effective_rank": ranks[last_layer].value,
+            "dead_units": ranks["plasticity/features/dead_units"].value,
+        }
 
 
-def row_of(spectra: HessianSpectrumMonitor, features: FeatureRankMonitor) -> Row:
-    """The numbers at the start of the task that is ending."""
-    curvature, ranks = spectra.records[-1].values, features.records[-1].values
-    last = [key for key in ranks if key.startswith("plasticity/features/effective_rank/")][-1]
-    return {
-        "ggn_eps_rank_0.01": curvature["plasticity/ggn/eps_rank_0.01"].value,
-        "effective_rank": ranks[last].value,
-        "dead_units": ranks["plasticity/features/dead_units"].value,
-    }
-
-
-def train(method: str, seed: int, out: Path, num_tasks: int, epochs: int, send: Callable[[int, Row], None]) -> None:
+def train(method: str, seed: int, out: Path, num_tasks: int, epochs: int, send: Callable[[Row], None]) -> None:
     """One network through the whole stream; one core, optimizer state kept over tasks."""
     torch.set_num_threads(1)
     _quiet()
     seed_everything(seed, verbose=False)
+    logger = TensorBoardLogger(out / "tensorboard", name=method, version=f"seed{seed}")
+    _forget_earlier_run(Path(logger.log_dir))
     spectra = HessianSpectrumMonitor(probe_samples=PROBE_SAMPLES, when="start")
     features = FeatureRankMonitor(when="start")
     trainer = Trainer(
         max_epochs=num_tasks * epochs,
         reload_dataloaders_every_n_epochs=epochs,
         callbacks=[TaskTracker(EveryNEpochs(epochs)), spectra, features, RowReporter(spectra, features, send)],
-        logger=TensorBoardLogger(out / "tensorboard", name=method, version=f"seed{seed}"),
+        logger=logger,
         accelerator="cpu",
         enable_progress_bar=False,
         enable_checkpointing=False,
@@ -65,8 +80,19 @@ def train(method: str, seed: int, out: Path, num_tasks: int, epochs: int, send: 
     trainer.fit(METHODS[method](), RandomLabelDigits(num_tasks, epochs, seed=seed))
 
 
+def run_directory(out: Path, method: str, seed: int) -> Path:
+    """Where a network's records, spectra and TensorBoard files are."""
+    return out / "tensorboard" / method / f"seed{seed}"
+
+
+def _forget_earlier_run(directory: Path) -> None:
+    """Two runs in one directory would be drawn over one another."""
+    if (directory / FILE_NAME).exists():
+        shutil.rmtree(directory)
+
+
 def _quiet() -> None:
     """Lightning's hints on devices, workers and logging intervals say nothing about this demo."""
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*The number of training batches.*")
+    for hint in ("does not have many workers", "The number of training batches", "LeafSpec"):
+        warnings.filterwarnings("ignore", f".*{hint}.*")
