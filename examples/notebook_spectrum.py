@@ -1,7 +1,7 @@
 """A spectrum of a plain nn.Module in a notebook: no Trainer, no LightningModule.
 
-Expect an exact GGN and an estimated Hessian of the same network: their largest eigenvalues are close, and the exact trace of
-the GGN lies in the interval of the Hessian's (for ReLU networks the two traces are equal).
+Expect an exact GGN and an estimated Hessian of the same network: their largest eigenvalues are close, and the exact
+trace of the GGN lies in the interval of the Hessian's (for ReLU networks the two traces are equal).
 """
 
 import torch

@@ -18,4 +18,6 @@ def require(module: str, purpose: str) -> ModuleType:
         return import_module(module)
     except ModuleNotFoundError as error:
         package = EXTRAS.get(module.partition(".")[0], module)
-        raise ModuleNotFoundError(f"{purpose} needs {package}, which is not installed; run: pip install {package}") from error
+        raise ModuleNotFoundError(
+            f"{purpose} needs {package}, which is not installed; run: pip install {package}"
+        ) from error

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from inspect import unwrap
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_plasticity.callbacks.regularization import MixinRegularization, l2er, penalised
+from lightning_plasticity.nn import is_measuring
 from lightning_plasticity.regularization import RegularizationEngine, Regularizer
 from lightning_plasticity.regularization.effective_rank import RankMode
 
 
 def _with_penalties(step: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(step)
+    @wraps(unwrap(step))  # Lightning reads the arguments off ``__wrapped__``, one level deep
     def training_step(self: Any, *args: Any, **kwargs: Any) -> Any:
         if self.__dict__.get("_in_regularized_step"):  # super().training_step of a subclass: the outermost call adds
             return step(self, *args, **kwargs)
@@ -32,7 +34,7 @@ def _with_callback(configure: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(configure)
     def configure_callbacks(self: Any) -> Any:
         found = configure(self)
-        callbacks = list(found) if isinstance(found, list | tuple) else [found]
+        callbacks = list(found) if isinstance(found, list | tuple) else [found] if found else []
         if not any(isinstance(callback, MixinRegularization) for callback in callbacks):
             callbacks.append(MixinRegularization())
         return callbacks
@@ -44,8 +46,8 @@ class RegularizerMixin:
     """Adds what ``configure_regularizers`` returns to the training of a LightningModule.
 
     Works for a class that defines its own ``training_step``, one mixed with a finished module, and subclasses of either
-    that call ``super()``: a penalty is added exactly once. What happens around the optimizer's step is done by a callback
-    that the mixin gives to the Trainer through ``configure_callbacks``. In manual optimization add
+    that call ``super()``: a penalty is added exactly once. What happens around the optimizer's step is done by a
+    callback that the mixin gives to the Trainer through ``configure_callbacks``. In manual optimization add
     ``self.regularization_loss()`` to the loss yourself.
 
     Example:
@@ -85,7 +87,7 @@ class RegularizerMixin:
 
     def regularization_loss(self) -> Tensor:
         """Penalties on what the current training step has computed so far, (): for manual optimization."""
-        penalty = self.regularization_engine.penalty(self)  # type: ignore[arg-type]
+        penalty = None if is_measuring() else self.regularization_engine.penalty(self)  # type: ignore[arg-type]
         return torch.zeros(()) if penalty is None else penalty
 
 

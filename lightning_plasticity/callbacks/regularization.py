@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
+from contextlib import suppress
+from functools import partial, update_wrapper
+from inspect import signature, unwrap
 from typing import Any, Literal
 
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from lightning_plasticity.callbacks.live import live_optimizers
 from lightning_plasticity.curvature import LossClosure
+from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.nn import is_measuring
+from lightning_plasticity.nn.batches import clone_batch
 from lightning_plasticity.nn.snapshot import shadow_method
 from lightning_plasticity.regularization import L2, EffectiveRank, RegularizationEngine, Regularizer
 from lightning_plasticity.regularization.effective_rank import RankMode
@@ -38,7 +43,7 @@ class EngineHooks(Callback):
         """Begin to count optimizer steps."""
         self._last_step = trainer.global_step
         if self._restored is not None:
-            self._running.load_state_dict(self._restored)
+            self._running.load_state_dict(move_data_to_device(self._restored, pl_module.device))
             self._restored = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -57,7 +62,7 @@ class EngineHooks(Callback):
             return
         self._last_step = trainer.global_step
         reduce = None if trainer.world_size == 1 else trainer.strategy.reduce
-        self._running.after_step(pl_module, LossClosure(pl_module).run, reduce, **live_optimizers(pl_module))  # type: ignore[arg-type]
+        self._running.after_step(pl_module, partial(run_step, pl_module), reduce, partial(live_optimizers, pl_module))
 
     def state_dict(self) -> dict[str, Any]:
         """The engine's counters and remembered minibatches."""
@@ -92,7 +97,9 @@ class Regularization(EngineHooks):
     def __init__(self, regularizers: list[Regularizer]) -> None:
         super().__init__()
         if not regularizers:
-            raise ValueError("regularizers is empty; pass some, e.g. [EffectiveRank(1e-2), L2(1e-4)], or drop the callback.")
+            raise ValueError(
+                "regularizers is empty; pass some, e.g. [EffectiveRank(1e-2), L2(1e-4)], or drop the callback."
+            )
         self.regularizers = regularizers
         self._engine = RegularizationEngine(regularizers)
         self._undo: Callable[[], None] | None = None
@@ -116,29 +123,57 @@ class Regularization(EngineHooks):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wrap this module's training step for the fit."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" and self._undo is None:
-            step = pl_module.training_step
-
-            @wraps(step)
-            def training_step(*args: Any, **kwargs: Any) -> Any:
-                return penalised(self._running, pl_module, step, args, kwargs)
-
-            self._undo = shadow_method(pl_module, "training_step", training_step)
+        if stage != "fit":
+            return
+        if not pl_module.automatic_optimization and any(
+            regularizer.needs_features for regularizer in self.regularizers
+        ):
+            raise ValueError(
+                "In manual optimization a callback cannot add to the loss; expected mode='separate', "
+                "or the mixin with self.regularization_loss() in your training_step."
+            )
+        self._undo = shadow_method(pl_module, "training_step", RegularizedStep(self._running, pl_module))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Give the module its training step back."""
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """The same after an error, where Lightning calls no teardown."""
+        self._restore()
+
+    def _restore(self) -> None:
         if self._undo is not None:
             self._undo()
             self._undo = None
 
 
 class MixinRegularization(EngineHooks):
-    """What ``RegularizerMixin`` adds to the Trainer by itself; a class of its own, so that it replaces nobody's callback."""
+    """What ``RegularizerMixin`` gives to the Trainer; a class of its own, so that it replaces nobody's callback."""
 
     def engine(self, pl_module: Any) -> RegularizationEngine:
         """The module's."""
         found: RegularizationEngine = pl_module.regularization_engine
         return found
+
+
+class RegularizedStep:
+    """Stands in for one module's training step; a copy of that module has its own plain one instead."""
+
+    def __init__(self, engine: RegularizationEngine, pl_module: LightningModule) -> None:
+        self._engine = engine
+        self._pl_module = pl_module
+        self._step = pl_module.training_step
+        # Lightning reads the arguments off ``__wrapped__``, one level deep.
+        update_wrapper(self, unwrap(self._step))
+        self.__signature__ = signature(self._step)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own step, and the penalties that are due."""
+        return penalised(self._engine, self._pl_module, self._step, args, kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._pl_module, "training_step")
 
 
 def l2er(
@@ -153,15 +188,20 @@ def l2er(
 
 
 def penalised(
-    engine: RegularizationEngine, pl_module: Any, step: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+    engine: RegularizationEngine,
+    pl_module: Any,
+    step: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
 ) -> Any:
     """Run a training step and add the penalties that are due to the loss it returns; a measured step is left alone."""
     if is_measuring():
         return step(*args, **kwargs)
-    batch = args[0] if args else next(iter(kwargs.values()))
-    rest = args[1:]
-    others = kwargs if args else dict(list(kwargs.items())[1:])
-    with engine.tapped(pl_module, batch, lambda other: step(other, *rest, **others)):
+
+    def run() -> object:
+        return step(*clone_batch(args), **clone_batch(kwargs))
+
+    with engine.tapped(pl_module, run, partial(live_optimizers, pl_module)):
         returned = step(*args, **kwargs)
         if returned is None or not getattr(pl_module, "automatic_optimization", True):
             return returned
@@ -169,8 +209,16 @@ def penalised(
     return returned if penalty is None else with_penalty(returned, penalty)
 
 
+def run_step(pl_module: LightningModule, batch: Any) -> None:
+    """Run the module's training step for its activations; whether it returns a loss does not matter."""
+    with suppress(MeasurementError):
+        LossClosure(pl_module).run(batch)
+
+
 def with_penalty(returned: Any, penalty: Tensor) -> Any:
     """A training step's result with the penalty in its loss; other entries of a dict are kept."""
     if isinstance(returned, Mapping):
+        if returned.get("loss") is None:
+            return returned  # for Lightning to judge
         return {**returned, "loss": returned["loss"] + penalty}
     return returned + penalty

@@ -48,10 +48,13 @@ class LossClosure:
         collected: the list that ``undisturbed`` yields, where a manually optimised step leaves its losses.
     """
 
-    def __init__(self, module: nn.Module, loss_fn: LossFunction | None = None, collected: list[Tensor] | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, loss_fn: LossFunction | None = None, collected: list[Tensor] | None = None
+    ) -> None:
         self.module = module
         self.loss_fn = loss_fn
         self._collected = [] if collected is None else collected
+        self._outputs: Any = None
 
     def __call__(self, batch: Any, index: int = 0) -> Evaluation:
         """Evaluate on a batch.
@@ -65,8 +68,8 @@ class LossClosure:
         output_loss, note = explain(loss, watcher.calls)
         if hasattr(self.module, "curvature_outputs"):
             output_loss, note = self._named_outputs(batch, watcher)
-        elif self.loss_fn is not None and output_loss is None:
-            output_loss, note = self._plain_outputs(batch), ""
+        elif note and (plain := self._plain_outputs(batch)) is not None:
+            output_loss, note = plain, ""
         num_samples = output_loss.num_samples if output_loss is not None else batch_size(batch)
         return Evaluation(loss, num_samples, output_loss, note)
 
@@ -75,6 +78,7 @@ class LossClosure:
         self._loss(batch, index)
 
     def _loss(self, batch: Any, index: int) -> Tensor:
+        self._outputs = None
         if hasattr(self.module, "curvature_loss"):
             loss = self.module.curvature_loss(batch)
             return _as_loss(loss, "curvature_loss")
@@ -94,9 +98,10 @@ class LossClosure:
         return _as_loss(returned, "training_step")
 
     def _plain_outputs(self, batch: Any) -> OutputLoss | None:
-        _, targets = as_pair(batch)
-        assert self.loss_fn is not None
-        return OutputLoss(self.loss_fn, self._outputs, targets) if isinstance(self._outputs, Tensor) else None
+        """``loss_fn`` on the module's own outputs; None where it was not what ran, or takes no tensor."""
+        if self.loss_fn is None or not isinstance(self._outputs, Tensor):
+            return None
+        return OutputLoss(self.loss_fn, self._outputs, as_pair(batch)[1])
 
     def _named_outputs(self, batch: Any, watcher: LossWatcher) -> tuple[OutputLoss | None, str]:
         outputs, targets = self.module.curvature_outputs(batch)  # type: ignore[operator]

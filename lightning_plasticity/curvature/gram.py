@@ -21,6 +21,7 @@ from lightning_plasticity.curvature.layers import (
     add_gram,
     add_rows,
     concatenate,
+    concatenate_rows,
     contract,
     factors,
 )
@@ -93,7 +94,7 @@ def assemble(batches: Sequence[GramRows]) -> Gram:
     for module in fast:
         add_gram(gram, concatenate([batch.layers[module] for batch in batches]))
     for parameter in general:
-        add_rows(gram, torch.cat([batch.general[parameter] for batch in batches], dim=1))
+        add_rows(gram, concatenate_rows([batch.general[parameter] for batch in batches]))
     size = num_columns * num_samples
     return Gram(gram.view(size, size), num_samples, sum(batch.num_backward for batch in batches), general)
 
@@ -109,11 +110,12 @@ def _tensors(batches: Sequence[GramRows]) -> list[Tensor]:
 
 
 def _num_columns(batches: Sequence[GramRows]) -> int:
-    for layer in batches[0].layers.values():
-        return layer.gradients.shape[1]
-    for rows in batches[0].general.values():
-        return rows.shape[0]
-    return 0
+    """R, of the batch that has most (sequences of several lengths)."""
+    counts = [0]
+    for batch in batches:
+        counts += [layer.gradients.shape[1] for layer in batch.layers.values()]
+        counts += [len(rows) for rows in batch.general.values()]
+    return max(counts)
 
 
 def _usable(taps: LayerTaps, trainable: set[Tensor], batch_size: int) -> list[LayerCall]:
@@ -147,7 +149,10 @@ def _output_gradients(outputs: Tensor, columns: Tensor, calls: Sequence[LayerCal
         )
         for slot, gradient, target in zip(found, gradients, targets, strict=True):
             slot.append(torch.zeros_like(target) if gradient is None else gradient)
-    return [torch.stack(slot) if slot else target.new_zeros(0, *target.shape) for slot, target in zip(found, targets, strict=True)]
+    return [
+        torch.stack(slot) if slot else target.new_zeros(0, *target.shape)
+        for slot, target in zip(found, targets, strict=True)
+    ]
 
 
 def _padded(column: Tensor, outputs: Tensor) -> Tensor:
@@ -171,15 +176,15 @@ def _verified(outputs: Tensor, columns: Tensor, layers: dict[nn.Module, Factors]
         outputs, parameters, _padded(direction, outputs), retain_graph=True, allow_unused=True
     )
     truth = dict(zip(parameters, expected, strict=True))
-    tolerance = CHECK_TOLERANCE.get(outputs.dtype, 1e-3)
     good = set()
     for module, found in pairs:
-        if all(_agrees(value, truth[parameter], tolerance) for parameter, value in found):
+        if all(_agrees(value, truth[parameter]) for parameter, value in found):
             good.add(module)
     return good
 
 
-def _agrees(value: Tensor, truth: Tensor | None, tolerance: float) -> bool:
+def _agrees(value: Tensor, truth: Tensor | None) -> bool:
+    tolerance = CHECK_TOLERANCE.get(value.dtype, 1e-3)
     truth = torch.zeros_like(value) if truth is None else truth
     return bool((value - truth).norm() <= tolerance * truth.norm() + torch.finfo(value.dtype).tiny)
 

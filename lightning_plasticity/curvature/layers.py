@@ -144,18 +144,35 @@ def factors(call: LayerCall, gradients: Tensor, num_samples: int, trainable: set
 
 
 def concatenate(parts: list[Factors]) -> Factors:
-    """The factors of one layer over several batches, as one batch."""
+    """The factors of one layer over several batches, as one batch.
+
+    Batches of shorter sequences have fewer positions, and may have fewer columns: zeros in their place add nothing.
+    """
     first = parts[0]
     if len(parts) == 1:
         return first
-    inputs = torch.cat([part.inputs for part in parts], dim=1)
-    gradients = torch.cat([part.gradients for part in parts], dim=2)
+    length = max(part.inputs.shape[3] for part in parts)
+    columns = max(part.gradients.shape[1] for part in parts)
+    inputs = torch.cat([_padded_to(part.inputs, {3: length}) for part in parts], dim=1)
+    gradients = torch.cat([_padded_to(part.gradients, {1: columns, 4: length}) for part in parts], dim=2)
     return Factors(inputs, gradients, first.diagonal, first.weight, first.bias)
+
+
+def concatenate_rows(parts: list[Tensor]) -> Tensor:
+    """Explicit rows (R, N_b, p) of several batches as (R, N, p), zeros for the columns that a batch does not have."""
+    columns = max(len(part) for part in parts)
+    return torch.cat([_padded_to(part, {0: columns}) for part in parts], dim=1)
+
+
+def _padded_to(tensor: Tensor, sizes: dict[int, int]) -> Tensor:
+    """Zeros appended until the given dimensions have the given sizes."""
+    missing = [sizes.get(dim, size) - size for dim, size in enumerate(tensor.shape)]
+    return F.pad(tensor, [amount for extra in reversed(missing) for amount in (0, extra)]) if any(missing) else tensor
 
 
 def contract(layer: Factors, mix: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
     """The gradient sum_{r,n} mix[r, n] row[r, n] of each parameter, from the factors alone (to check them)."""
-    g = torch.einsum("grnol,rn->gnol", layer.gradients, mix)
+    g = torch.einsum("grnol,rn->gnol", layer.gradients, mix.to(layer.gradients.dtype))
     out = []
     if layer.weight is not None:
         pattern = "gnol,gnol->go" if layer.diagonal else "gnol,gnkl->gok"

@@ -70,10 +70,12 @@ class Measured:
         if self.params is None:
             return [parameter for _, parameter in named]
         patterns = [self.params] if isinstance(self.params, str) else list(self.params)
-        chosen = [p for name, p in named if any(fnmatchcase(name, pattern) for pattern in patterns)]
-        if not chosen:
-            raise ValueError(f"params={patterns} match nothing; those that exist: {', '.join(name for name, _ in named)}.")
-        return chosen
+        unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name, _ in named)]
+        if unknown or not patterns:
+            raise ValueError(
+                f"params={unknown} match nothing; those that exist: {', '.join(name for name, _ in named)}."
+            )
+        return [p for name, p in named if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
     def __post_init__(self) -> None:
         """Refuse empty probe data here, once for all measurements."""
@@ -124,7 +126,13 @@ def measure_hessian(
         else:
             spectrum = Spectrum.from_quadrature
             result = stochastic_lanczos_quadrature(
-                operator.matvec, operator.num_params, num_steps, generator=generator, mask=live, dtype=operator.dtype, device=operator.device
+                operator.matvec,
+                operator.num_params,
+                num_steps,
+                generator=generator,
+                mask=live,
+                dtype=operator.dtype,
+                device=operator.device,
             )
             values = torch.tensor(result.nodes)
     top = float(values.abs().max()) if len(values) else 0.0
@@ -156,7 +164,7 @@ def measure_gram(measured: Measured, matrix: Literal["ggn", "ntk"], *, max_rows:
                 take = output_loss.num_samples if room is None else min(room, output_loss.num_samples)
                 columns = _columns(output_loss.first(take), matrix)
                 batches.append(collect_rows(output_loss.outputs, columns, taps, parameters, excluded))
-                dtype = output_loss.outputs.dtype
+                dtypes = {output_loss.outputs.dtype, *(parameter.dtype for parameter in parameters)}
                 room = None if room is None else room - take
             if room == 0:
                 break
@@ -168,6 +176,7 @@ def measure_gram(measured: Measured, matrix: Literal["ggn", "ntk"], *, max_rows:
     num_params = sum(parameter.numel() for parameter in parameters)
     values = values.clamp_min(0.0)[-num_params:]
     top = float(values.max()) if len(values) else 0.0
+    dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     return Spectrum.from_eigenvalues(
         values,
         num_params,

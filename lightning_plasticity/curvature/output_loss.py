@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from lightning_plasticity.curvature.errors import MeasurementError
+from lightning_plasticity.nn.batches import map_tensors
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,7 @@ class OutputLoss:
         total = self.num_samples
         if num_samples >= total:
             return self
-        targets = self.targets
-        if isinstance(targets, Tensor) and targets.ndim and targets.shape[0] == total:
-            targets = targets[:num_samples]
+        targets = map_tensors(self.targets, lambda part: part[:num_samples] if part.shape[:1] == (total,) else part)
         options = dict(self.options)
         weight = options.get("weight")
         if isinstance(weight, Tensor) and self.function is not F.cross_entropy and weight.ndim == self.outputs.ndim:
@@ -73,12 +72,19 @@ class OutputLoss:
         """The loss at other outputs."""
         return self.function(outputs, self.targets, **self.options)
 
+    def in_dtype(self, dtype: torch.dtype) -> OutputLoss:
+        """The same loss with floating-point targets and options of this dtype; the outputs stay."""
+
+        def cast(part: Tensor) -> Tensor:
+            return part.to(dtype) if part.is_floating_point() else part
+
+        return replace(self, targets=map_tensors(self.targets, cast), options=map_tensors(dict(self.options), cast))
+
 
 def _cross_entropy_factor(loss: OutputLoss) -> Tensor | None:
     """Columns sqrt(omega) diag(sqrt p) Q, Q the first C-1 columns of the Householder matrix that maps sqrt(p) to -e_C."""
     outputs = loss.outputs
-    if outputs.ndim < 2:
-        return None
+    _check_batched(loss)
     num_classes = outputs.shape[1]
     logits = outputs.reshape(outputs.shape[0], num_classes, -1).double()  # (N, C, T)
     root = torch.softmax(logits, dim=1).sqrt()
@@ -94,7 +100,15 @@ def _cross_entropy_factor(loss: OutputLoss) -> Tensor | None:
         q += torch.eye(num_classes, num_classes - 1, dtype=q.dtype, device=q.device)
         columns = root[:, :, None, t] * q * omega[:, None, None, t].sqrt()
         factor[t, :, :, :, t] = columns.permute(2, 0, 1)
-    return factor.reshape(-1, *outputs.shape)
+    return factor.reshape(num_positions * (num_classes - 1), *outputs.shape)
+
+
+def _check_batched(loss: OutputLoss) -> None:
+    if loss.outputs.ndim < 2:
+        raise MeasurementError(
+            f"{loss.name} is called on outputs of shape {tuple(loss.outputs.shape)}, one sample without a batch dimension; "
+            "add it with unsqueeze(0)."
+        )
 
 
 def _cross_entropy_weights(loss: OutputLoss) -> Tensor:
@@ -118,6 +132,7 @@ def _cross_entropy_weights(loss: OutputLoss) -> Tensor:
 
 def _nll_factor(loss: OutputLoss) -> Tensor | None:
     """On normalised log-probabilities the negative log-likelihood is a cross-entropy, and has the same GGN."""
+    _check_batched(loss)
     total = torch.logsumexp(loss.outputs.double(), dim=1)
     if not torch.allclose(total, torch.zeros_like(total), atol=1e-3):
         raise MeasurementError(
@@ -158,10 +173,28 @@ def _diagonal_factor(outputs: Tensor, curvature: Tensor) -> Tensor:
 
 def _autograd_factor(loss: OutputLoss) -> Tensor:
     """Any other twice differentiable loss: its block of second derivatives per sample, by double backward."""
+    try:
+        blocks = _second_derivatives(loss, torch.float64)
+    except MeasurementError:
+        raise
+    except RuntimeError:  # the loss holds tensors of its own, in the network's precision
+        blocks = _second_derivatives(loss, loss.outputs.dtype)
+    values, vectors = torch.linalg.eigh((0.5 * (blocks + blocks.transpose(1, 2))).double())
+    slack, floor = _rounding(blocks)
+    if float(values.min()) < -(slack * float(values.max()) + floor):
+        raise MeasurementError(
+            f"{loss.name} is not convex in the outputs (a second derivative is {float(values.min()):.3g}), so its GGN is not "
+            "positive semidefinite and has no square root. Measure the Hessian only: quantities=('hessian',)."
+        )
+    columns = vectors * values.clamp_min(0.0).sqrt()[:, None, :]  # (N, O, R)
+    return columns.permute(2, 0, 1).reshape(-1, *loss.outputs.shape)
+
+
+def _second_derivatives(loss: OutputLoss, dtype: torch.dtype) -> Tensor:
+    """(N, O, O) blocks of second derivatives, computed in ``dtype``."""
     with torch.enable_grad():
-        outputs = loss.outputs.detach().double().requires_grad_(True)
-        value = loss.value(outputs)
-        (gradient,) = torch.autograd.grad(value, outputs, create_graph=True)
+        outputs = loss.outputs.detach().to(dtype).requires_grad_(True)
+        (gradient,) = torch.autograd.grad(loss.in_dtype(dtype).value(outputs), outputs, create_graph=True)
         if not gradient.requires_grad:
             raise MeasurementError(
                 f"{loss.name} has no second derivative in the outputs; the GGN is zero or undefined. "
@@ -170,30 +203,29 @@ def _autograd_factor(loss: OutputLoss) -> Tensor:
         size = outputs[0].numel()
         rows = []
         for index in range(size):
-            direction = torch.zeros(outputs.shape[0], size, dtype=torch.float64, device=outputs.device)
+            direction = torch.zeros(outputs.shape[0], size, dtype=dtype, device=outputs.device)
             direction[:, index] = 1.0
             (row,) = torch.autograd.grad(gradient, outputs, direction.reshape(outputs.shape), retain_graph=True)
             rows.append(row.reshape(outputs.shape[0], size))
         blocks = torch.stack(rows, dim=1)  # (N, O, O)
         _check_separable(gradient, outputs, blocks)
-    values, vectors = torch.linalg.eigh(0.5 * (blocks + blocks.transpose(1, 2)))
-    if float(values.min()) < -1e-9 * max(float(values.max()), 1e-300):
-        raise MeasurementError(
-            f"{loss.name} is not convex in the outputs (a second derivative is {float(values.min()):.3g}), so its GGN is not "
-            "positive semidefinite and has no square root. Measure the Hessian only: quantities=('hessian',)."
-        )
-    columns = vectors * values.clamp_min(0.0).sqrt()[:, None, :]  # (N, O, R)
-    return columns.permute(2, 0, 1).reshape(-1, *outputs.shape)
+    return blocks
+
+
+def _rounding(blocks: Tensor) -> tuple[float, float]:
+    """Rounding of second derivatives: relative, and absolute (a saturated softmax is p - p^2 with p near 1, over N)."""
+    eps = torch.finfo(blocks.dtype).eps
+    return 1e3 * eps, 1e2 * eps / max(len(blocks), 1)
 
 
 def _check_separable(gradient: Tensor, outputs: Tensor, blocks: Tensor) -> None:
     """A loss that mixes samples (contrastive, ranking) is not block diagonal: its blocks miss part of the Hessian."""
     generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(blocks.shape[:2], generator=generator, dtype=torch.float64).to(outputs.device)
+    direction = torch.randn(blocks.shape[:2], generator=generator, dtype=torch.float64).to(outputs.device, blocks.dtype)
     (product,) = torch.autograd.grad(gradient, outputs, direction.reshape(outputs.shape), retain_graph=True)
     expected = torch.einsum("nij,nj->ni", blocks, direction).reshape(outputs.shape)
-    scale = float(product.abs().max())
-    if float((product - expected).abs().max()) > 1e-6 * max(scale, 1e-300):
+    slack, floor = _rounding(blocks)
+    if float((product - expected).abs().max()) > slack * float(product.abs().max()) + floor:
         raise MeasurementError(
             "The loss mixes samples (its second derivatives couple different rows of the outputs), so it has no per-sample "
             "GGN. Measure the Hessian only: quantities=('hessian',)."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -63,7 +63,8 @@ class LossWatcher(TorchFunctionMode):
 def explain(loss: Tensor, calls: list[LossCall]) -> tuple[OutputLoss | None, str]:
     """Which of the watched calls is ``loss``; a note when none is, when it is only a part, or when several fit."""
     own = [call for call in calls if _matches(loss, call)]
-    if len(own) == 1:
+    same = {(call.loss.function, id(call.loss.outputs), id(call.loss.targets)) for call in own}
+    if len(same) == 1:
         return _with_reduction(loss, own[0]), ""
     names = ", ".join(call.loss.name for call in calls)
     how = "Define curvature_outputs(batch) -> (outputs, targets) on the module, or pass loss_fn."
@@ -75,22 +76,26 @@ def explain(loss: Tensor, calls: list[LossCall]) -> tuple[OutputLoss | None, str
     if calls[0].result.ndim:
         return None, f"The training step reduces {names} in a way that is not a mean or a sum. {how}"
     note = (
-        f"The training step's loss ({float(loss):.6g}) is not just the value of its {names} "
-        f"({float(calls[0].result):.6g}): the GGN is that of the {names} alone. {how}"
+        f"The training step's loss ({float(loss.detach()):.6g}) is not just the value of its {names} "
+        f"({float(calls[0].result.detach()):.6g}): the GGN is that of the {names} alone. {how}"
     )
     return calls[0].loss, note
 
 
 def _matches(loss: Tensor, call: LossCall) -> bool:
-    if call.result is loss:
-        return True
     return any(_close(loss, reduced) for reduced in _reductions(call).values())
 
 
 def _reductions(call: LossCall) -> dict[str, Tensor]:
+    """What the function itself makes of its reductions: its mean is a weighted one where it takes weights."""
     if call.result.ndim == 0:
         return {str(call.loss.options.get("reduction", "mean")): call.result}
-    return {"mean": call.result.mean(), "sum": call.result.sum()}
+    with torch.no_grad():
+        return {name: _reduced(call.loss, name).value(call.loss.outputs) for name in ("mean", "sum")}
+
+
+def _reduced(loss: OutputLoss, reduction: str) -> OutputLoss:
+    return replace(loss, options=dict(loss.options) | {"reduction": reduction})
 
 
 def _with_reduction(loss: Tensor, call: LossCall) -> OutputLoss:
@@ -98,8 +103,7 @@ def _with_reduction(loss: Tensor, call: LossCall) -> OutputLoss:
     if call.result.ndim == 0:
         return call.loss
     reduction = next(name for name, value in _reductions(call).items() if _close(loss, value))
-    options = dict(call.loss.options) | {"reduction": reduction}
-    return OutputLoss(call.loss.function, call.loss.outputs, call.loss.targets, options)
+    return _reduced(call.loss, reduction)
 
 
 def _close(left: Tensor, right: Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ class Plain(LightningModule):
     def __init__(self) -> None:
         super().__init__()
         sizes = (64, 100, 100, 100)
-        hidden = [layer for a, b in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(a, b), nn.ReLU())]
+        hidden = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
         self.net = nn.Sequential(*hidden, nn.Linear(sizes[-1], 10))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:

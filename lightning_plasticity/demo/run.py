@@ -42,7 +42,9 @@ def run_demo(seed: int, out: Path, num_tasks: int = 16, epochs: int = 30) -> dic
     """
     console = Console(soft_wrap=True, highlight=False)
     out.mkdir(parents=True, exist_ok=True)
-    console.print(f"Seed {seed}: {num_tasks} tasks, each gives new random labels to 400 handwritten digits ({epochs} epochs).")
+    console.print(
+        f"Seed {seed}: {num_tasks} tasks, each gives new random labels to 400 handwritten digits ({epochs} epochs)."
+    )
     console.print("Accuracy is online, chance is 0.10; the rest is measured before each task's first update.\n")
     started = time.perf_counter()
     rows = _train_both(seed, out, num_tasks, epochs, console)

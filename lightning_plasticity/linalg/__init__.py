@@ -5,6 +5,7 @@ from lightning_plasticity.linalg.estimate import Estimate
 from lightning_plasticity.linalg.feature_matrix import as_feature_matrix
 from lightning_plasticity.linalg.lanczos import LanczosResult, Matvec, lanczos
 from lightning_plasticity.linalg.quadrature import LanczosQuadrature, stochastic_lanczos_quadrature
+from lightning_plasticity.linalg.rank_bounds import effective_rank_bounds
 from lightning_plasticity.linalg.ranks import (
     approximate_rank,
     effective_rank_of,
@@ -31,6 +32,7 @@ __all__ = [
     "dormancy_scores",
     "dormant_units",
     "effective_rank",
+    "effective_rank_bounds",
     "effective_rank_of",
     "feature_rank",
     "lanczos",

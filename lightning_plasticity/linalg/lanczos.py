@@ -22,7 +22,7 @@ BREAKDOWN = {torch.float64: 1e-13, torch.float32: 2e-6}
 SECOND_PASS = 0.1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LanczosResult:
     """Coefficients of one Lanczos run: ``V^T H V = tridiag(beta, alpha, beta)``.
 

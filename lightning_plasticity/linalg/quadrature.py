@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.linalg import eigh_tridiagonal
-from scipy.stats import beta as beta_distribution
+from scipy.special import betainc, betaincc
 from torch import Tensor
 
 from lightning_plasticity.linalg.estimate import Estimate
@@ -29,9 +29,10 @@ TAIL = 0.025  # probability on each side of the 95 % interval
 SIMPLE = 1e-5  # a mass less likely than this for one eigenvector belongs to a multiple eigenvalue
 ROUNDING_MASS = 1e-9  # a mass this close to 0 or 1 is taken to be 0 or 1
 ZERO_MASS = 1e-14  # an upper bound this small is rounding: nothing lies there
+REMOTE = 1e8  # a last diagonal entry this many times the others: the solver would lose the other nodes in its rounding
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LanczosQuadrature:
     """The spectrum of a d-dimensional symmetric operator as seen by one Gaussian probe.
 
@@ -89,16 +90,28 @@ class LanczosQuadrature:
             mask[k] = True
         if mask.all():  # the rest of the dimension has to live somewhere: on the node nearest zero
             mask[np.argmin(np.abs(nodes))] = False
-        return mask
+        return mask & self._likely_simple(mask)
 
     def _simple_after_breakdown(self) -> NDArray[np.bool_]:
         """After a breakdown every node is an eigenvalue; it counts once unless its mass says that it is a multiple one."""
         if len(self.nodes) == self.dim:
             return np.ones(self.dim, dtype=bool)
-        surprise = beta_distribution.sf(self.masses, 0.5, (self.dim - 1) / 2)
+        surprise = betaincc(0.5, (self.dim - 1) / 2, self.masses)
         mask = np.asarray(surprise > SIMPLE, dtype=bool)
         mask[np.argmin(np.abs(self.nodes))] = False  # the null space, or else where the rest of the dimension must live
-        return mask
+        return mask & self._likely_simple(mask)
+
+    def _likely_simple(self, mask: NDArray[np.bool_]) -> bool:
+        """Whether the marked nodes together weigh what as many single eigenvectors may weigh.
+
+        Where a spectrum repeats as a whole (a linear model with squared loss has each eigenvalue once for every output)
+        no single mass is telling, but their sum is; nothing is counted as one then, and the masses decide.
+        """
+        count = int(mask.sum())
+        if not 0 < count < self.dim:
+            return True
+        surprise = betaincc(count / 2, (self.dim - count) / 2, float(self.masses[mask].sum()))
+        return bool(surprise > SIMPLE)
 
     @cached_property
     def counts(self) -> Array:
@@ -119,9 +132,9 @@ class LanczosQuadrature:
         The value is ``nan`` where what K steps cannot resolve is more than half of it; run more steps then.
 
         Raises:
-            ValueError: for a negative ``eps``.
+            ValueError: for an ``eps`` that is negative or not a number.
         """
-        if eps < 0:
+        if not eps >= 0:
             raise ValueError(f"eps={eps}, expected eps >= 0.")
         return self._count(self._interpolated_count(eps), np.abs(self.nodes) > eps, eps, self._mass_outside(eps))
 
@@ -156,6 +169,8 @@ class LanczosQuadrature:
     def _interpolated_count(self, eps: float) -> float:
         """Converged pairs outside plus the midpoint rule in log|node| on the rest; the null-space node is an atom."""
         nodes, counts, converged = np.abs(self.nodes), self.counts, self.converged
+        if self.breakdown:  # the nodes are the eigenvalues: nothing lies between them
+            return float(counts[nodes > eps].sum())
         outside = float(converged[nodes > eps].sum())
         rest, rest_counts = nodes[~converged], counts[~converged]
         if not len(rest):
@@ -194,21 +209,24 @@ class LanczosQuadrature:
     def _radau(self, point: float) -> tuple[float, float]:
         """Gauss-Radau rule with a node forced at ``point``: the mass below it and the mass on it.
 
-        The ratio form r_k = beta_k p_k / p_{k-1} of the three-term recurrence is used since p_k itself overflows.
+        The ratio form r_k = beta_k p_k / p_{k-1} of the three-term recurrence is used since p_k itself overflows. Where
+        a Ritz value lies on the point already, the added node moves to infinity and leaves the Gauss rule.
         """
-        tiny = 1e-300
+        scale = max(float(np.abs(self.alpha).max()), float(self.beta.max()), abs(point))
+        tiny = 1e-30 * scale
         ratio = point - self.alpha[0]
         for k in range(1, len(self.alpha)):
-            ratio = point - self.alpha[k] - self.beta[k - 1] ** 2 / (ratio if ratio != 0 else tiny)
-        last = point - self.beta[-1] ** 2 / (ratio if ratio != 0 else tiny)
-        nodes, vectors = eigh_tridiagonal(np.append(self.alpha, last), self.beta)
+            ratio = point - self.alpha[k] - self.beta[k - 1] ** 2 / (ratio if abs(ratio) > tiny else tiny)
+        last = point - self.beta[-1] ** 2 / (ratio if abs(ratio) > tiny else tiny)
+        if abs(last) > REMOTE * scale:
+            nodes, vectors = eigh_tridiagonal(self.alpha, self.beta[:-1])
+        else:
+            nodes, vectors = eigh_tridiagonal(np.append(self.alpha, last), self.beta)
         at = int(np.argmin(np.abs(nodes - point)))
         masses = vectors[0] ** 2
         return float(masses[:at].sum()), float(masses[at])
 
-    def _count_interval(
-        self, region: NDArray[np.bool_], edge: float, low: float, high: float
-    ) -> tuple[float, float]:
+    def _count_interval(self, region: NDArray[np.bool_], edge: float, low: float, high: float) -> tuple[float, float]:
         """95 % interval of a count: deflate the certain pairs, then invert the Beta law at both mass bounds."""
         certain = self.converged & (np.abs(np.abs(self.nodes) - abs(edge)) > 3 * self.residuals)
         outside = certain & region
@@ -233,7 +251,7 @@ def _fewest(mass: float, dim: int) -> int:
     low, high = 1, dim
     while low < high:
         middle = (low + high) // 2
-        enough = middle == dim or beta_distribution.sf(mass, middle / 2, (dim - middle) / 2) >= TAIL
+        enough = middle == dim or betaincc(middle / 2, (dim - middle) / 2, mass) >= TAIL
         low, high = (low, middle) if enough else (middle + 1, high)
     return low
 
@@ -247,7 +265,7 @@ def _most(mass: float, dim: int) -> int:
     low, high = 0, dim - 1
     while low < high:
         middle = (low + high + 1) // 2
-        enough = beta_distribution.cdf(mass, middle / 2, (dim - middle) / 2) >= TAIL
+        enough = betainc(middle / 2, (dim - middle) / 2, mass) >= TAIL
         low, high = (middle, high) if enough else (low, middle - 1)
     return low
 

@@ -30,7 +30,7 @@ class _SecondMomentMetric(Metric):
     """
 
     is_differentiable = False
-    higher_is_better = True
+    higher_is_better: bool | None = True
     full_state_update = False
     plot_lower_bound = 0.0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, is_dataclass
 from fnmatch import fnmatchcase
@@ -87,12 +88,11 @@ class FeatureTaps:
         order = [layer.name for layer in self._layers if layer.name in self._records]
         return {name: _stack(self._records[name]) for name in order}
 
-    def _record(self, name: str, value: Any) -> Any:
-        """Store an activation; returns the clone to pass on, since a later in-place operation could overwrite it."""
+    def _record(self, name: str, value: Any) -> None:
+        """Store a clone of an activation (with its graph), since a later in-place operation could overwrite it."""
         tensor = first_tensor(value)
         if tensor is not None:
-            self._records.setdefault(name, []).append(tensor)
-        return value.clone() if isinstance(value, Tensor) else None
+            self._records.setdefault(name, []).append(tensor.clone())
 
     def _input_hook(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -100,9 +100,9 @@ class FeatureTaps:
 
         return hook
 
-    def _output_hook(self, name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            return self._record(name, output)
+    def _output_hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self._record(name, output)
 
         return hook
 
@@ -119,7 +119,7 @@ def first_tensor(value: Any) -> Tensor | None:
         return value.data
     if isinstance(value, dict):
         value = value.values()
-    elif is_dataclass(value):
+    elif is_dataclass(value) and not isinstance(value, type):
         value = vars(value).values()
     elif not isinstance(value, tuple | list):
         return None
@@ -139,13 +139,14 @@ def named_layers(module: nn.Module, patterns: Sequence[str]) -> list[HiddenLayer
     """
     if isinstance(patterns, str):
         raise TypeError(f"layers={patterns!r} is one string, expected a list of names; write layers=[{patterns!r}].")
-    modules = {name: child for name, child in module.named_modules() if name}
+    modules = {name: child for name, child in module.named_modules(remove_duplicate=False) if name}
+    once = [name for name, child in module.named_modules() if name and not isinstance(child, _NEVER_CALLED)]
     found: dict[str, HiddenLayer] = {}
     for pattern in patterns:
         base, at_input = pattern, False
         if pattern.endswith(".input") and pattern not in modules:
             base, at_input = pattern.removesuffix(".input"), True
-        matches = [name for name in modules if name == base or fnmatchcase(name, base)]
+        matches = [base] if base in modules else [name for name in once if fnmatchcase(name, base)]
         if not matches:
             raise ValueError(
                 f"layers: {pattern!r} matches no layer of {type(module).__name__}. "
@@ -153,9 +154,11 @@ def named_layers(module: nn.Module, patterns: Sequence[str]) -> list[HiddenLayer
             )
         for name in matches:
             label = f"{name}.input" if at_input else name
-            channel_dim = 1 if isinstance(modules[name], _CHANNEL_FIRST) else None
-            found.setdefault(label, HiddenLayer(label, name, at_input, channel_dim))
+            found.setdefault(label, HiddenLayer(label, name, at_input, _channel_dim(modules[name])))
     return list(found.values())
+
+
+_NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 _CHANNEL_FIRST = (
@@ -164,7 +167,17 @@ _CHANNEL_FIRST = (
     nn.modules.instancenorm._InstanceNorm,
     nn.modules.pooling._MaxPoolNd,
     nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
 )
+_CHANNEL_LAST = (nn.Linear, nn.Bilinear, nn.RNNBase, nn.MultiheadAttention, nn.Embedding)
+
+
+def _channel_dim(module: nn.Module) -> int | None:
+    """Where a named layer has its features, as far as its type tells."""
+    if isinstance(module, _CHANNEL_FIRST):
+        return 1
+    return -1 if isinstance(module, _CHANNEL_LAST) else None
 
 
 class _Recorder:
@@ -172,9 +185,11 @@ class _Recorder:
 
     def __init__(self, module: nn.Module) -> None:
         self.names = {child: name for name, child in module.named_modules() if name}
+        self.weighted = {child for child in self.names if any(isinstance(part, WEIGHTS) for part in child.modules())}
         self.blocks = _blocks(module)
-        self.makers: dict[int, str] = {}
-        self.keep: list[Tensor] = []  # keeps ids unique while we compare them
+        self.makers: dict[int, tuple[str, int]] = {}  # id of a tensor -> who made it, and the tensor's version then
+        self.learned: set[int] = set()  # addresses of what weights have computed, also without a graph
+        self.keep: list[Tensor] = []  # keeps ids and addresses unique while we compare them
         self.found: dict[str, HiddenLayer] = {}
         self.pending: dict[str, HiddenLayer] = {}
         self.inside = 0
@@ -191,15 +206,19 @@ class _Recorder:
     def _weight_reads(self, module: nn.Module, tensor: Tensor | None) -> None:
         self.found.update(self.pending)  # a weight runs after these blocks: their outputs are hidden, not final
         self.pending.clear()
-        if self.inside or tensor is None or not tensor.requires_grad:
+        if self.inside or tensor is None or not self._is_hidden(tensor):
             return
         name = self.names[module]
         channel_dim = 1 if isinstance(module, CONVOLUTIONS) else -1
-        maker = self.makers.get(id(tensor))
-        if maker is None:
+        maker, version = self.makers.get(id(tensor), ("", 0))
+        if not maker or version != _version(tensor):  # made, or changed in place since, by no module
             self.found.setdefault(f"{name}.input", HiddenLayer(f"{name}.input", name, True, channel_dim))
         elif maker not in self.blocks:
             self.found.setdefault(maker, HiddenLayer(maker, maker, False, channel_dim))
+
+    def _is_hidden(self, tensor: Tensor) -> bool:
+        """Whether weights have made it; a frozen part under ``no_grad`` leaves no graph, only its tensors."""
+        return tensor.requires_grad or tensor.data_ptr() in self.learned
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         name = self.names[module]
@@ -209,25 +228,39 @@ class _Recorder:
         if tensor is None:
             return
         self.keep.append(tensor)
+        source = first_tensor(args)
+        if module in self.weighted or (source is not None and self._is_hidden(source)):
+            self.learned.add(tensor.data_ptr())
+        made = (name, _version(tensor))
         if name in self.blocks:  # a block speaks for its inside
-            self.makers[id(tensor)] = name
+            self.makers[id(tensor)] = made
             self.pending[name] = HiddenLayer(name, name, False, None)
-        elif any(True for _ in module.children()):
-            self.makers.setdefault(id(tensor), name)  # a container returns its last child's tensor: the child made it
+        elif any(True for _ in module.children()) and self.makers.get(id(tensor), made)[1] == made[1]:
+            self.makers.setdefault(id(tensor), made)  # a container returns its last child's tensor: the child made it
         else:
-            self.makers[id(tensor)] = name  # the latest leaf: an in-place ReLU returns the tensor that it was given
+            self.makers[id(tensor)] = made  # the latest leaf: an in-place ReLU returns the tensor that it was given
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _blocks(module: nn.Module) -> set[str]:
-    """Names of repeated blocks: non-leaf children, with parameters, of a Sequential or ModuleList; innermost ones."""
-    names = set()
+    """Names of repeated blocks, innermost ones: non-leaf children, with parameters, of a ModuleList or Sequential.
+
+    A child of a Sequential counts only if another one is of its type: a Sequential may also wrap one whole network.
+    """
+    found: dict[str, tuple[nn.Module, nn.Module]] = {}
     for name, parent in module.named_modules():
         if not isinstance(parent, nn.Sequential | nn.ModuleList):
             continue
         for key, child in parent.named_children():
             nested = any(True for _ in child.children())
             if nested and any(True for _ in child.parameters()):
-                names.add(f"{name}.{key}" if name else key)
+                found[f"{name}.{key}" if name else key] = (parent, child)
+    types = Counter(type(child) for _, child in found.values())
+    names = {n for n, (parent, child) in found.items() if isinstance(parent, nn.ModuleList) or types[type(child)] > 1}
     return {name for name in names if not any(other.startswith(f"{name}.") for other in names)}
 
 
@@ -256,5 +289,3 @@ def find_hidden_layers(module: nn.Module, run: Callable[[], object]) -> list[Hid
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
     return list(recorder.found.values())
-
-

@@ -1,20 +1,26 @@
 """Remember everything a forward pass may change in a module, and put it back in place.
 
 What is covered: parameters and buffers (also when moved through ``.data`` or replaced), ``.grad``, ``requires_grad``,
-train/eval flags, every attribute of every submodule, the contents of lists, dicts, sets and deques among them, and the
-values of tensors kept there (torchmetrics states are such tensors).
+train/eval flags, every attribute of every submodule, the contents of lists, dicts, sets and deques among them, the
+values of tensors and NumPy arrays kept there (torchmetrics states are such tensors), random generators, and modules kept
+in plain containers. Not covered: the inside of other objects that a module refers to.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_plasticity.nn.generators import generator_state
+
 _CONTAINERS = (list, dict, set, deque)
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Snapshot:
@@ -28,52 +34,77 @@ class Snapshot:
 
     def __init__(self, module: nn.Module) -> None:
         self._tensors: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # id -> (tensor, its storage alias, copy)
+        self._arrays: dict[int, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = {}
         self._containers: dict[int, tuple[Any, Any]] = {}
-        self._attributes: list[tuple[nn.Module, dict[str, Any]]] = []
-        self._parameters: list[tuple[nn.Parameter, bool, Tensor | None]] = []
-        for submodule in module.modules():
-            attributes = dict(submodule.__dict__)
-            self._attributes.append((submodule, attributes))
-            for value in attributes.values():
-                self._remember(value)
-        for parameter in module.parameters():
-            self._parameters.append((parameter, parameter.requires_grad, parameter.grad))
-            if parameter.grad is not None:
-                self._remember(parameter.grad)
+        self._modules: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
+        self._leaves: list[tuple[Tensor, bool, Tensor | None]] = []
+        self._generators: list[Callable[[], object]] = []
+        self._remember(module)
 
     def _remember(self, value: Any) -> None:
+        if type(value) in weakref.ProxyTypes:
+            return
         if isinstance(value, Tensor):
-            if id(value) not in self._tensors and not _is_uninitialized(value):
-                alias = value.detach() if value.is_sparse else value.data
-                self._tensors[id(value)] = (value, alias, alias.clone())
-        elif isinstance(value, _CONTAINERS) and id(value) not in self._containers:
-            self._containers[id(value)] = (value, value.copy())
-            for item in value.values() if isinstance(value, dict) else value:
-                self._remember(item)
+            self._remember_tensor(value)
+        elif isinstance(value, nn.Module):
+            if id(value) not in self._modules:
+                self._modules[id(value)] = (value, dict(value.__dict__))
+                for attribute in list(value.__dict__.values()):
+                    self._remember(attribute)
+        elif isinstance(value, _CONTAINERS):
+            if id(value) not in self._containers:
+                self._containers[id(value)] = (value, value.copy())
+                for item in list(value.values() if isinstance(value, dict) else value):
+                    self._remember(item)
         elif isinstance(value, tuple):
             for item in value:
                 self._remember(item)
+        elif isinstance(value, np.ndarray):
+            self._arrays[id(value)] = (value, value.copy())
+        elif (state := generator_state(value)) is not None:
+            self._generators.append(state)
+
+    def _remember_tensor(self, tensor: Tensor) -> None:
+        if id(tensor) in self._tensors or isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+            return
+        alias = tensor.detach() if _is_sparse(tensor) else tensor.data
+        self._tensors[id(tensor)] = (tensor, alias, alias.clone())
+        if tensor.is_leaf:
+            self._leaves.append((tensor, tensor.requires_grad, tensor.grad))
+            if tensor.grad is not None:
+                self._remember_tensor(tensor.grad)
 
     def restore(self) -> None:
         """Put everything back; what did not change is not written."""
-        for submodule, attributes in self._attributes:
-            _restore_dict(submodule.__dict__, attributes)
+        for module, attributes in self._modules.values():
+            _restore_dict(module.__dict__, attributes)
         for container, copy in self._containers.values():
             _restore_container(container, copy)
         for tensor, alias, copy in self._tensors.values():
             _restore_tensor(tensor, alias, copy)
-        for parameter, requires_grad, grad in self._parameters:
-            parameter.grad = grad
-            if parameter.requires_grad != requires_grad:
-                parameter.requires_grad_(requires_grad)
+        for tensor, requires_grad, grad in self._leaves:
+            if tensor.grad is not grad:
+                tensor.grad = grad
+            if tensor.requires_grad != requires_grad:
+                tensor.requires_grad_(requires_grad)
+        for array, values in self._arrays.values():
+            if array.flags.writeable:
+                array[...] = values
+        for state in self._generators:
+            state()
 
 
-def _is_uninitialized(value: Tensor) -> bool:
-    return isinstance(value, nn.parameter.UninitializedTensorMixin)
+def _is_sparse(tensor: Tensor) -> bool:
+    return tensor.layout != torch.strided
 
 
 def _restore_tensor(tensor: Tensor, alias: Tensor, copy: Tensor) -> None:
-    if tensor.data.data_ptr() != alias.data_ptr() or tensor.data.shape != alias.shape:
+    if _is_sparse(copy):
+        # Sparse values cannot be compared or written in place bit by bit; a gradient of an embedding, mostly.
+        with torch.no_grad():
+            tensor.copy_(copy)
+        return
+    if _place(tensor.data) != _place(alias):
         tensor.data = alias
     if not _same_bits(alias, copy):
         # Written through the alias: the version counter that autograd checks does not move.
@@ -81,8 +112,16 @@ def _restore_tensor(tensor: Tensor, alias: Tensor, copy: Tensor) -> None:
             alias.copy_(copy)
 
 
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    """Where and how a tensor lies in memory."""
+    return (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
+
+
 def _same_bits(left: Tensor, right: Tensor) -> bool:
-    return left.is_sparse is False and bool(torch.equal(left, right))
+    """Equality that tells -0.0 from 0.0 and knows a NaN again."""
+    left, right = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (left, right))
+    bits = _BITS.get(left.element_size())
+    return bits is not None and torch.equal(left.view(bits), right.view(bits))
 
 
 def _restore_dict(target: dict[Any, Any], source: dict[Any, Any]) -> None:
@@ -120,5 +159,3 @@ def shadow_method(owner: Any, name: str, replacement: Callable[..., Any]) -> Cal
             attributes.pop(name, None)
 
     return undo
-
-

@@ -102,8 +102,7 @@ def undisturbed(
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         snapshot = Snapshot(module)
         stack.callback(snapshot.restore)
-        for undo in _silence(module, losses, optimizers, schedulers):
-            stack.callback(undo)
+        _silence(stack, module, losses, optimizers, schedulers)
         _set_mode(module, mode)
         seed_rng(seed)
         _measuring += 1
@@ -145,9 +144,9 @@ def _is_compiled(module: nn.Module) -> bool:
 
 
 def _silence(
-    module: nn.Module, losses: list[Tensor], optimizers: Iterable[Any], schedulers: Iterable[Any]
-) -> list[Callable[[], None]]:
-    """Shadow what would write outside the module; the undo functions, in the order of shadowing."""
+    stack: ExitStack, module: nn.Module, losses: list[Tensor], optimizers: Iterable[Any], schedulers: Iterable[Any]
+) -> None:
+    """Shadow what would write outside the module, until the stack closes."""
 
     def nothing(*args: Any, **kwargs: Any) -> None:
         return None
@@ -155,19 +154,22 @@ def _silence(
     def collect(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         losses.append(loss)
 
-    undo = []
+    def only_closure(closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        return closure() if callable(closure) else None
+
+    def shadow(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+        stack.callback(shadow_method(owner, name, replacement))
+
     for submodule in module.modules():
-        if not hasattr(type(submodule), "manual_backward"):
-            continue
-        for name in ("log", "log_dict", "clip_gradients"):
-            undo.append(shadow_method(submodule, name, nothing))
-        undo.append(shadow_method(submodule, "manual_backward", collect))
+        if hasattr(type(submodule), "manual_backward"):
+            for name in ("log", "log_dict", "clip_gradients"):
+                shadow(submodule, name, nothing)
+            shadow(submodule, "manual_backward", collect)
     for optimizer in optimizers:
-        for name in ("step", "zero_grad"):
-            undo.append(shadow_method(optimizer, name, nothing))
+        shadow(optimizer, "step", only_closure)
+        shadow(optimizer, "zero_grad", nothing)
     for scheduler in schedulers:
-        undo.append(shadow_method(scheduler, "step", nothing))
-    return undo
+        shadow(scheduler, "step", nothing)
 
 
 def _set_mode(module: nn.Module, mode: Mode) -> None:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 class Regularizer:
     """Base of all regularisers; override the one method that says where it acts.
 
+    Features are hidden activations by layer name, ``(N, ..., C)``: samples first, channels last.
+
     Attributes:
         layers: names or wildcards of the hidden layers it wants, an int for the last so many, None for all found.
         every_n_steps: it acts on every n-th optimizer step.

@@ -20,6 +20,7 @@ from lightning_plasticity.regularization.base import Regularizer
 
 Run = Callable[[Any], object]
 Reduce = Callable[[Tensor], Tensor]
+Live = Callable[[], Mapping[str, Any]]
 
 
 class RegularizationEngine:
@@ -36,25 +37,32 @@ class RegularizationEngine:
         for regularizer in regularizers:
             if not isinstance(regularizer, Regularizer):
                 raise TypeError(
-                    f"Got {regularizer!r} among the regularizers, expected instances such as EffectiveRank(1e-2) or L2(1e-4)."
+                    f"Got {regularizer!r} among the regularizers, "
+                    "expected instances such as EffectiveRank(1e-2) or L2(1e-4)."
                 )
         self.regularizers = list(regularizers)
         self.num_steps = 0
-        self._window: list[Any] = []
-        self._layers: dict[int, list[HiddenLayer]] = {}
+        self._window: list[tuple[int, Any]] = []  # (optimizer steps taken before it was seen, minibatch)
+        self._layers: dict[int, list[HiddenLayer]] = {}  # by position in ``regularizers``
         self._taps: FeatureTaps | None = None
-        self._warned = False
+        self._warned: set[str] = set()
 
     # ---- loss penalties --------------------------------------------------------------------------------------------
 
     @contextmanager
-    def tapped(self, module: nn.Module, batch: Any, run: Run) -> Iterator[None]:
-        """Record the hidden activations that penalties of this step need."""
-        wanted = [r for r in self._due() if r.needs_features and not r.takes_steps]
+    def tapped(self, module: nn.Module, run: Callable[[], object], live: Live = dict) -> Iterator[None]:
+        """Record the hidden activations that penalties of this step need.
+
+        Args:
+            module: the network.
+            run: runs the same step on copies of its arguments; called once, to find the hidden layers.
+            live: gives the optimizers and schedulers that ``undisturbed`` must keep from stepping meanwhile.
+        """
+        wanted = [r for r in self._due() if r.needs_features]
         if not wanted:
             yield
             return
-        layers = {layer.name: layer for r in wanted for layer in self._layers_of(r, module, batch, run)}
+        layers = {layer.name: layer for r in wanted for layer in self._layers_of(r, module, run, live)}
         with FeatureTaps(module, list(layers.values())) as taps:
             self._taps = taps
             try:
@@ -64,10 +72,11 @@ class RegularizationEngine:
 
     def penalty(self, module: nn.Module) -> Tensor | None:
         """Sum of the penalties that are due, inside ``tapped``; None when there are none."""
-        features = {} if self._taps is None else self._taps.features
         total: Tensor | None = None
         for regularizer in self._due():
-            own = regularizer.penalty(module, self._own(regularizer, features))
+            layers = self._layers.get(self.regularizers.index(regularizer), [])
+            features = {} if self._taps is None else arranged(self._taps, layers)
+            own = regularizer.penalty(module, features)
             if own is not None:
                 total = own if total is None else total + own
         return total
@@ -83,35 +92,57 @@ class RegularizationEngine:
     def remember(self, batch: Any) -> None:
         """Keep a minibatch for the next separate step; cloned, since a training step may change it."""
         if any(regularizer.takes_steps for regularizer in self.regularizers):
-            self._window.append(clone_batch(batch))
+            self._window.append((self.num_steps, clone_batch(batch)))
 
-    def after_step(self, module: nn.Module, run: Run, reduce: Reduce | None = None, **context: Any) -> None:
-        """Count an optimizer step, and take the separate steps that are due.
+    def after_step(self, module: nn.Module, run: Run, reduce: Reduce | None = None, live: Live = dict) -> None:
+        """Count an optimizer step, and take the separate steps that are due: each on the minibatches since its last.
 
         Args:
             module: the network.
             run: runs a forward pass on one batch (``module.training_step`` or ``module``).
             reduce: averages a gradient over processes.
-            context: optimizers and schedulers for ``undisturbed``.
+            live: gives the optimizers and schedulers that ``undisturbed`` must keep from stepping meanwhile.
         """
         self.num_steps += 1
         stepping = [r for r in self.regularizers if r.takes_steps]
         for regularizer in stepping:
-            if self.num_steps % regularizer.every_n_steps == 0 and self._window:
-                self._separate_step(regularizer, module, run, reduce, context)
-        if stepping and self.num_steps % max(r.every_n_steps for r in stepping) == 0:
-            self._window.clear()
+            if self.num_steps % regularizer.every_n_steps == 0:
+                seen = [batch for step, batch in self._window if step >= self.num_steps - regularizer.every_n_steps]
+                self._separate_step(regularizer, module, seen, run, reduce, live)
+        oldest = min((self.num_steps - self.num_steps % r.every_n_steps for r in stepping), default=self.num_steps)
+        self._window = [(step, batch) for step, batch in self._window if step >= oldest]
+
+    def separate_steps(
+        self, module: nn.Module, batches: Sequence[Any], run: Run, reduce: Reduce | None = None, live: Live = dict
+    ) -> None:
+        """Take every separate step once, now and on these minibatches; the counters and the schedule stay as they are.
+
+        For training loops of one's own, say with the separate step before the minibatches. Arguments as in
+        ``after_step``.
+        """
+        for regularizer in self.regularizers:
+            if regularizer.takes_steps:
+                self._separate_step(regularizer, module, batches, run, reduce, live)
 
     def _separate_step(
-        self, regularizer: Regularizer, module: nn.Module, run: Run, reduce: Reduce | None, context: dict[str, Any]
+        self,
+        regularizer: Regularizer,
+        module: nn.Module,
+        batches: Sequence[Any],
+        run: Run,
+        reduce: Reduce | None,
+        live: Live,
     ) -> None:
+        if not batches:
+            return
         parameters = [p for p in module.parameters() if p.requires_grad and p.is_floating_point()]
-        gradients = self._gradients(regularizer, module, parameters, run, context)
+        gradients = self._gradients(regularizer, module, parameters, batches, run, live)
         if reduce is not None:
-            gradients = [reduce(torch.zeros_like(p) if g is None else g) for p, g in zip(parameters, gradients, strict=True)]
+            filled = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, gradients, strict=True)]
+            gradients = [reduce(gradient) for gradient in filled]
         pairs = [(p, g) for p, g in zip(parameters, gradients, strict=True) if g is not None]
         if not all(bool(torch.isfinite(g).all()) for _, g in pairs):
-            self._warn_once("the effective-rank gradient is not finite (NaN or inf in features); its steps are left out.")
+            self._warn_once("the gradient of a separate step is not finite (NaN or inf in features?); it is left out.")
             return
         with torch.no_grad():
             for parameter, gradient in pairs:
@@ -122,74 +153,98 @@ class RegularizationEngine:
         regularizer: Regularizer,
         module: nn.Module,
         parameters: list[nn.Parameter],
+        batches: Sequence[Any],
         run: Run,
-        context: dict[str, Any],
+        live: Live,
     ) -> Sequence[Tensor | None]:
-        layers = self._layers_of(regularizer, module, self._window[0], run)
-        with undisturbed(module, mode="as_is", seed=self.num_steps, **context), FeatureTaps(module, layers) as taps:
-            self._replay(run, taps)
-            if not taps.features:
+        layers = self._layers_of(regularizer, module, lambda: run(clone_batch(batches[0])), live)
+        with undisturbed(module, mode="as_is", seed=self.num_steps, **live()), FeatureTaps(module, layers) as taps:
+            features = replayed(batches, run, taps, layers)
+            if not features:
                 self._warn_once("no hidden layer was found to regularise; name some with layers=[...].")
                 return [None] * len(parameters)
-            objective = regularizer.step_objective(module, taps.features)
+            objective = regularizer.step_objective(module, features)
             if objective is None or not objective.requires_grad:
                 return [None] * len(parameters)
             return torch.autograd.grad(objective, parameters, allow_unused=True)
 
-    def _replay(self, run: Run, taps: FeatureTaps) -> None:
-        """Forward the remembered minibatches as one where they can be joined, else one after the other."""
-        joined = join_batches(self._window)
-        if joined is not None:
-            try:
-                run(joined)
-                return
-            except Exception:  # the step wants its own batch size (carried state, say)
-                taps.clear()
-        for batch in self._window:
-            run(batch)
-
     # ---- inside ----------------------------------------------------------------------------------------------------
 
     def check_layers(self, module: nn.Module) -> None:
-        """Refuse unknown layer names before training starts.
+        """Refuse unknown layer names before training starts; the layers are then found anew.
 
         Raises:
             ValueError: naming those that exist.
         """
+        self._layers.clear()  # another module, or one whose layers have changed since the last fit
         for regularizer in self.regularizers:
             if isinstance(regularizer.layers, list):
                 named_layers(module, regularizer.layers)
 
     def _due(self) -> list[Regularizer]:
-        return [r for r in self.regularizers if r.takes_steps or self.num_steps % r.every_n_steps == 0]
+        return [r for r in self.regularizers if self.num_steps % r.every_n_steps == 0]
 
-    def _own(self, regularizer: Regularizer, features: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        names = [layer.name for layer in self._layers.get(id(regularizer), [])]
-        return {name: features[name] for name in names if name in features}
-
-    def _layers_of(self, regularizer: Regularizer, module: nn.Module, batch: Any, run: Run) -> list[HiddenLayer]:
+    def _layers_of(
+        self, regularizer: Regularizer, module: nn.Module, run: Callable[[], object], live: Live
+    ) -> list[HiddenLayer]:
         """The regulariser's layers, found once."""
-        if id(regularizer) not in self._layers:
+        index = self.regularizers.index(regularizer)
+        if index not in self._layers:
             if isinstance(regularizer.layers, list):
                 found = named_layers(module, regularizer.layers)
             else:
-                with undisturbed(module):
-                    found = find_hidden_layers(module, lambda: run(batch))
+                with undisturbed(module, **live()):
+                    found = find_hidden_layers(module, run)
                 found = found if regularizer.layers is None else found[-regularizer.layers :]
-            self._layers[id(regularizer)] = found
-        return self._layers[id(regularizer)]
+            self._layers[index] = found
+        return self._layers[index]
 
     def _warn_once(self, what: str) -> None:
-        if not self._warned:
-            self._warned = True
+        if what not in self._warned:
+            self._warned.add(what)
             warnings.warn(f"Regularisation: {what}", stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and remembered minibatches (those made of plain tensors), for an exact resume."""
-        window = self._window if is_plain(self._window) else []
-        return {"num_steps": self.num_steps, "window": window}
+        return {"num_steps": self.num_steps, "window": list(self._window) if is_plain(self._window) else []}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state_dict`` left off."""
         self.num_steps = int(state["num_steps"])
         self._window = list(state["window"])
+
+
+def arranged(taps: FeatureTaps, layers: Sequence[HiddenLayer]) -> dict[str, Tensor]:
+    """Activations by layer name, channels last."""
+    features = taps.features
+    return {layer.name: _channels_last(features[layer.name], layer) for layer in layers if layer.name in features}
+
+
+def _channels_last(value: Tensor, layer: HiddenLayer) -> Tensor:
+    default = 1 if value.ndim > 3 else -1  # as in ``as_feature_matrix``
+    return value.movedim(default if layer.channel_dim is None else layer.channel_dim, -1) if value.ndim > 2 else value
+
+
+def replayed(batches: Sequence[Any], run: Run, taps: FeatureTaps, layers: Sequence[HiddenLayer]) -> dict[str, Tensor]:
+    """Activations on the minibatches, forwarded as one where they can be joined, else one after the other."""
+    joined = join_batches(batches)
+    if joined is not None:
+        try:
+            run(clone_batch(joined))
+            return arranged(taps, layers)
+        except Exception:  # the step wants its own batch size (carried state, say); what fails again below is raised
+            taps.clear()
+    parts: dict[str, list[Tensor]] = {}
+    for batch in batches:
+        run(clone_batch(batch))
+        for name, value in arranged(taps, layers).items():
+            parts.setdefault(name, []).append(value)
+        taps.clear()
+    return {name: _stacked(values) for name, values in parts.items()}
+
+
+def _stacked(values: list[Tensor]) -> Tensor:
+    """One under the other; positions become samples where their number differs (sequences of different lengths)."""
+    if len({value.shape[1:] for value in values}) > 1:
+        values = [value.reshape(-1, value.shape[-1]) for value in values]
+    return torch.cat(values)

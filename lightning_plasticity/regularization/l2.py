@@ -13,8 +13,9 @@ from lightning_plasticity.regularization.base import Regularizer, check_strength
 class L2(Regularizer):
     """Add ``strength * theta`` to the gradient, before the optimizer: the gradient of strength / 2 * ||theta||^2.
 
-    Coupled, on all parameters, biases and norm scales included, as in Prakash et al. 2026 (arXiv 2509.22335) and Dohare et
-    al. 2024. For Adam this is not the decoupled decay of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101).
+    Coupled, on all parameters, biases and norm scales included, as in Prakash et al. 2026 (arXiv 2509.22335) and Dohare
+    et al. 2024. Under a Trainer it is added once for each optimizer step, after unscaling and before gradient clipping.
+    For Adam this is not the decoupled decay of AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101).
 
     Args:
         strength: >= 0; 1e-4 to 1e-3 are usual.

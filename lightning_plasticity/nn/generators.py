@@ -1,0 +1,81 @@
+"""Random generators that objects keep for themselves (augmentation, sampling noise): find them, put them back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
+from types import FunctionType, MethodType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+MANY = 64  # entries of a list of transforms or datasets that are looked into
+_OPAQUE = ("builtins", "torch", "numpy", "pandas", "PIL", "lightning", "pytorch_lightning")
+_OPEN = (Dataset, DataLoader, Sampler, nn.Module)  # looked into wherever their class is defined
+
+
+def generator_state(value: Any) -> Callable[[], object] | None:
+    """What puts a random generator back to its present state; None when the value is no generator."""
+    if isinstance(value, torch.Generator):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, random.Random):
+        return partial(value.setstate, value.getstate())
+    if isinstance(value, np.random.RandomState):
+        return partial(value.set_state, value.get_state())
+    if isinstance(value, np.random.Generator):
+        value = value.bit_generator
+    if isinstance(value, np.random.BitGenerator):
+        return partial(setattr, value, "state", value.state)
+    return None
+
+
+def generator_states(*owners: Any) -> Callable[[], None]:
+    """Note all generators that the owners hold, also inside transforms, wrapped datasets and closures.
+
+    Returns:
+        What puts them all back.
+    """
+    states: list[Callable[[], object]] = []
+    seen: dict[int, Any] = {}
+    waiting = list(owners)
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        state = generator_state(value)
+        if state is None:
+            waiting.extend(_parts(value))
+        else:
+            states.append(state)
+
+    def restore() -> None:
+        for state in states:
+            state()
+
+    return restore
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """What an object holds and may hold generators."""
+    if isinstance(value, dict):
+        yield from islice(value.values(), MANY)
+    elif isinstance(value, list | tuple | set):
+        yield from islice(value, MANY)
+    elif isinstance(value, partial):
+        yield from (value.func, value.args, value.keywords)
+    elif isinstance(value, MethodType):
+        yield value.__self__
+    elif isinstance(value, FunctionType):
+        for cell in value.__closure__ or ():
+            try:
+                yield cell.cell_contents
+            except ValueError:  # not bound yet
+                continue
+    elif isinstance(value, _OPEN) or type(value).__module__.partition(".")[0] not in _OPAQUE:
+        yield from getattr(value, "__dict__", {}).values()
