@@ -38,6 +38,7 @@ __all__ = [
     "TaskRecord",
     "TaskSchedule",
     "TaskTracker",
+    "__version__",
     "curvature",
     "linalg",
     "metrics",

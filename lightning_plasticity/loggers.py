@@ -48,7 +48,7 @@ def log_histogram(loggers: Iterable[Any], key: str, values: Tensor, counts: Tens
 def log_figure(loggers: Iterable[Any], key: str, figure: Any, step: int) -> None:
     """Send a matplotlib figure to the loggers that can show one."""
     for logger in loggers:
-        experiment = getattr(logger, "experiment", None)
+        experiment: Any = getattr(logger, "experiment", None)
         if _offers(experiment, "add_figure"):
             experiment.add_figure(key, figure, global_step=step)
 

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ class TaskRecord:
         phase: ``"start"`` (before the first update on the task) or ``"end"`` (after the last).
         step: cumulative optimizer step.
         values: numbers by key (as logged), each with its interval.
-        settings: what was measured on and how: samples, dtype, mode, method.
+        settings: what was measured on and how: samples, dtype, mode, method; ``identity`` tells apart monitors of one class.
         seconds: wall time of the measurement.
         failure: why nothing could be measured, else None.
         spectra: file names of the spectra, beside the record, by matrix.
@@ -43,8 +43,8 @@ class TaskRecord:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python, for JSON and checkpoints; NaN and infinities become strings."""
-        plain = asdict(self)
-        plain["values"] = {key: [_to_json(x) for x in asdict(value).values()] for key, value in self.values.items()}
+        values = {key: [estimate.value, estimate.lower, estimate.upper] for key, estimate in self.values.items()}
+        plain: dict[str, Any] = _to_json({**vars(self), "values": values})
         return plain
 
     @classmethod
@@ -54,16 +54,32 @@ class TaskRecord:
         return cls(**{**plain, "values": values})
 
 
-def _to_json(number: float) -> float | str:
-    return float(number) if math.isfinite(number) else str(float(number))
+def _to_json(value: Any) -> Any:
+    """Plain Python that strict JSON can hold; exact types only, for ``numpy.float64`` passes for a float."""
+    if isinstance(value, Mapping):
+        return {str(key): _to_json(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_to_json(item) for item in value]
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else str(float(value))
+    return str(value)
 
 
 def append_record(directory: str | os.PathLike[str], record: TaskRecord) -> None:
     """Append one line to ``plasticity.jsonl`` in a directory, which is made when missing."""
     path = Path(directory)
     path.mkdir(parents=True, exist_ok=True)
-    with open(path / FILE_NAME, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record.to_dict(), allow_nan=False) + "\n")
+    line = json.dumps(record.to_dict(), allow_nan=False) + "\n"
+    with open(path / FILE_NAME, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a line that a crash cut short must not swallow the next
+                line = "\n" + line
+        file.write(line.encode())
 
 
 def read_records(path: str | os.PathLike[str]) -> list[TaskRecord]:
@@ -78,15 +94,17 @@ def read_records(path: str | os.PathLike[str]) -> list[TaskRecord]:
     if file.is_dir():
         file = file / FILE_NAME
     if not file.exists():
-        raise FileNotFoundError(f"No {FILE_NAME} at {path}; pass a run's log directory, such as lightning_logs/version_0.")
-    found: dict[tuple[str, int, str], TaskRecord] = {}
+        raise FileNotFoundError(
+            f"No {FILE_NAME} at {path}; pass a run's log directory, such as lightning_logs/version_0."
+        )
+    found: dict[tuple[str, str, int, str], TaskRecord] = {}
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             plain = json.loads(line)
         except json.JSONDecodeError:
             continue
         record = TaskRecord.from_dict(plain)
-        key = (record.monitor, record.task, record.phase)
+        key = (record.monitor, str(record.settings.get("identity")), record.task, record.phase)
         found.pop(key, None)
         found[key] = record
     return list(found.values())

@@ -25,7 +25,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("__main__",),
 )
 EDGE = ("streams", "report", "demo", "cli", "__main__")  # the only rooms that may also import the package root
-RECORDS_MAY_IMPORT = ("records", "curvature")
+RECORDS_MAY_IMPORT = ("records", "linalg", "curvature")
 LINALG_MAY_IMPORT = ("torch", "numpy", "scipy")
 # No Lightning at all, and Lightning's utilities (`rank_zero_warn`) but nothing that is, or holds, a Trainer.
 NO_LIGHTNING = ("_optional", "linalg", "curvature", "records", "metrics")

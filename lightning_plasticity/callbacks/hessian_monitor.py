@@ -8,12 +8,13 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_plasticity.callbacks.live import live_optimizers
-from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement, OnError, Phase, decimal
+from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement, OnError, Phase, decimal, describe
 from lightning_plasticity.curvature import Measured, Spectrum, measure_gram, measure_hessian
 from lightning_plasticity.curvature.closure import LossFunction
 from lightning_plasticity.curvature.measure import LANCZOS_STEPS, MAX_ROWS
 from lightning_plasticity.linalg import Estimate
 from lightning_plasticity.loggers import log_figure, spectra_figure, takes_figures
+from lightning_plasticity.nn.batches import clone_batch
 from lightning_plasticity.nn.undisturbed import MODES, Mode
 from lightning_plasticity.records import TaskRecord
 
@@ -116,20 +117,17 @@ class HessianSpectrumMonitor(BoundaryMonitor):
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, batches: list[Any], phase: Phase) -> Measurement:
         """All quantities; one that fails leaves the others."""
-        measured = Measured(
-            pl_module,
-            batches,
-            self.loss_fn,
-            mode=self.mode,
-            seed=self.seed,
-            **live_optimizers(pl_module),
-        )
-        measurement = Measurement()
+        measurement = Measurement(settings={"mode": self.mode})
         for quantity in self.quantities:
+            # Clones, for a training step may change its batch.
+            own = [clone_batch(batch) for batch in batches]
             try:
+                measured = Measured(
+                    pl_module, own, self.loss_fn, mode=self.mode, seed=self.seed, **live_optimizers(pl_module)
+                )
                 spectrum = self._spectrum(measured, quantity)
             except Exception as error:
-                measurement.failures[quantity] = f"{quantity}: {error}"
+                measurement.failures[quantity] = describe(error)
                 continue
             prefix = f"plasticity/{quantity}"
             measurement.values |= {f"{prefix}/{key}": value for key, value in self._numbers(spectrum).items()}
@@ -137,7 +135,7 @@ class HessianSpectrumMonitor(BoundaryMonitor):
             measurement.histograms[f"{prefix}/spectrum_log10"] = (spectrum.eigenvalues.abs(), spectrum.counts)
             measurement.settings[quantity] = _about(spectrum)
             if note := spectrum.settings.get("note"):
-                self._warn_once(trainer, f"{type(self).__name__}: {note}")
+                self._warn_once(trainer, note, f"{type(self).__name__}: {note}")
         return measurement
 
     def _spectrum(self, measured: Measured, quantity: str) -> Spectrum:
@@ -162,16 +160,16 @@ class HessianSpectrumMonitor(BoundaryMonitor):
             numbers["negative_fraction"] = spectrum.negative_fraction()
         return numbers
 
-    def log_pictures(self, trainer: Trainer, measurement: Measurement, record: TaskRecord) -> None:
+    def log_pictures(self, logger: Any, measurement: Measurement, record: TaskRecord) -> None:
         """The spectra of all tasks so far, in one figure for each quantity."""
         for quantity, spectrum in measurement.spectra.items():
             if record.phase != self.when[0]:
                 continue
             self._spectra[quantity][record.task] = spectrum
-            if takes_figures(trainer.loggers):
+            if takes_figures([logger]):
                 title = f"{quantity} spectrum at task {record.phase}, {spectrum.num_samples} samples"
                 figure = spectra_figure(self._spectra[quantity], title)
-                log_figure(trainer.loggers, f"plasticity/{quantity}/spectra", figure, record.step)
+                log_figure([logger], f"plasticity/{quantity}/spectra", figure, record.step)
 
 
 def _about(spectrum: Spectrum) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +35,7 @@ class Measurement:
         settings: what was measured on and how.
         spectra: to be saved beside the record, by matrix.
         histograms: (values, counts) by key, shown on a log axis.
-        failures: what could not be measured and why, where other parts could.
+        failures: what could not be measured (by its name in messages) and why, where other parts could.
     """
 
     values: dict[str, Estimate] = field(default_factory=dict)
@@ -78,6 +79,7 @@ class BoundaryMonitor(Callback):
         self.records: list[TaskRecord] = []
         self._tracker: TaskTracker | None = None
         self._probe: tuple[list[Any], str] | None = None
+        self._probed_task: int | None = None  # whose probe data has been fetched, or could not be
         self._warned: set[str] = set()
         self._resuming = True
 
@@ -85,8 +87,8 @@ class BoundaryMonitor(Callback):
         """Measure on the probe batches; may raise anything."""
         raise NotImplementedError
 
-    def log_pictures(self, trainer: Trainer, measurement: Measurement, record: TaskRecord) -> None:
-        """Send what is not a number to the loggers; nothing by default."""
+    def log_pictures(self, logger: Any, measurement: Measurement, record: TaskRecord) -> None:
+        """Send what is not a number to a logger; nothing by default."""
 
     # ---- Lightning's hooks -----------------------------------------------------------------------------------------
 
@@ -94,15 +96,30 @@ class BoundaryMonitor(Callback):
         """Find the Trainer's task tracker, or give it one."""
         if stage == "fit":
             self._tracker = TaskTracker.attach(trainer, self._tracker)
+            self._probe, self._probed_task = None, None
 
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
         """Measure the old weights on the new task's data."""
-        self._probe = None
-        self._at_boundary(trainer, pl_module, task, "start")
+        self._probe, self._probed_task = None, task
+        if task % self.every_n_tasks:
+            return
+        if "start" in self.when:
+            self._at_boundary(trainer, pl_module, task, "start")
+        elif self._tracker is not None:
+            self._fetch_for_end(trainer, pl_module, self._tracker.first_batch)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """In a run resumed inside a task: samples for its end, while there is a batch to take them from."""
+        if self._tracker is None or not self._tracker.in_task or self._probed_task == self._tracker.task:
+            return
+        self._probed_task = self._tracker.task
+        if "end" in self.when and self._probed_task % self.every_n_tasks == 0:
+            self._fetch_for_end(trainer, pl_module, batch)
 
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
         """Measure the new weights on the same samples."""
-        self._at_boundary(trainer, pl_module, task, "end")
+        if "end" in self.when and task % self.every_n_tasks == 0:
+            self._at_boundary(trainer, pl_module, task, "end")
         self._probe = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -122,59 +139,73 @@ class BoundaryMonitor(Callback):
     # ---- one measurement -------------------------------------------------------------------------------------------
 
     def _at_boundary(self, trainer: Trainer, pl_module: LightningModule, task: int, phase: Phase) -> None:
-        if phase not in self.when or task % self.every_n_tasks:
-            return
         assert self._tracker is not None
         name = type(self).__name__
-        _announce(trainer, self._expected_seconds(phase), f"{name}: measuring at the {phase} of task {task}")
+        _announce(trainer, self._expected_seconds(phase), f"{name}: measuring at the {phase} of task {task}, about")
         started = time.perf_counter()
-        measurement, failure = Measurement(), None
+        measurement = Measurement()
         try:
             measurement = self._measured(trainer, pl_module, phase)
         except Exception as error:
             if self.on_error == "raise":
                 raise
-            failure = f"{type(error).__name__}: {error}"
-        failures = list(measurement.failures.values()) + ([failure] if failure else [])
-        if measurement.failures and self.on_error == "raise":
-            raise MeasurementError("; ".join(failures))
-        for why in failures:
-            self._warn_once(trainer, f"{name} could not measure at the {phase} of task {task}: {why} Training goes on.")
+            measurement.failures[""] = describe(error)
         seconds = time.perf_counter() - started
-        _announce(trainer, seconds, f"{name}: {phase} of task {task} took")
-        record = TaskRecord(
-            name, task, phase, self._tracker.step, measurement.values, measurement.settings, seconds,
-            "; ".join(failures) or None,
-        )  # fmt: skip
-        self._keep(trainer, pl_module, record, measurement)
+        causes = _by_cause(measurement.failures)
+        failure = "; ".join(f"{parts}: {why}" if parts else why for why, parts in causes.items()) or None
+        if failure is not None and self.on_error == "raise":
+            raise MeasurementError(failure)
+        for why, parts in causes.items():
+            what = f"{name} could not measure {f'{parts} ' if parts else ''}at the {phase} of task {task}"
+            self._warn_once(trainer, why, f"{what}: {why.rstrip('.')}. Training goes on.")
+        _announce(trainer, seconds, f"{name}: measured at the {phase} of task {task} in")
+        settings = measurement.settings | {"identity": self.state_key}
+        step = self._tracker.step
+        self._keep(
+            trainer, pl_module, TaskRecord(name, task, phase, step, measurement.values, settings, seconds, failure), measurement
+        )
 
     def _measured(self, trainer: Trainer, pl_module: LightningModule, phase: Phase) -> Measurement:
         if self._probe is None:
             assert self._tracker is not None
-            first = self._tracker.first_batch
-            self._probe = probe_batches(trainer, pl_module, self.data, self.probe_samples, first)
+            self._fetch(trainer, pl_module, self._tracker.first_batch)
+        assert self._probe is not None
         batches, source = self._probe
         measurement = self.measure(trainer, pl_module, batches, phase)
         measurement.settings["data"] = source
         return measurement
 
+    def _fetch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        self._probe = probe_batches(trainer, pl_module, self.data, self.probe_samples, batch)
+
+    def _fetch_for_end(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Fetch ahead; what fails here fails again at the end, and is recorded there."""
+        with suppress(Exception):
+            self._fetch(trainer, pl_module, batch)
+
     def _keep(
         self, trainer: Trainer, pl_module: LightningModule, record: TaskRecord, measurement: Measurement
     ) -> None:
         """Files, records, loggers; a full disk or a broken logger must not kill the run either."""
-        try:
+        with self._guarded(trainer, "write its record"):
             record = self._save(trainer, record, measurement)
-        except OSError as error:
-            self._warn_once(trainer, f"{type(self).__name__} could not write its record: {error}")
         self.records.append(record)
         if record.phase == "start":
-            _reach_callback_metrics(pl_module, record)
+            with self._guarded(trainer, "log to the module"):
+                _reach_callback_metrics(pl_module, record)
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            with self._guarded(trainer, f"log to {type(logger).__name__}"):
+                self._log(logger, record, measurement)
+
+    @contextmanager
+    def _guarded(self, trainer: Trainer, what: str) -> Iterator[None]:
         try:
-            self._log(trainer, record, measurement)
+            yield
         except Exception as error:
             if self.on_error == "raise":
                 raise
-            self._warn_once(trainer, f"{type(self).__name__} could not log: {type(error).__name__}: {error}")
+            why = f"{type(error).__name__}: {error}"
+            self._warn_once(trainer, f"{what} {why}", f"{type(self).__name__} could not {what}: {why} Training goes on.")
 
     def _save(self, trainer: Trainer, record: TaskRecord, measurement: Measurement) -> TaskRecord:
         directory = Path(self.save_dir) if self.save_dir is not None else log_directory(trainer.loggers)
@@ -182,32 +213,31 @@ class BoundaryMonitor(Callback):
             return record
         names = {}
         for matrix, spectrum in measurement.spectra.items():
-            names[matrix] = f"spectra/{matrix}_task{record.task:04d}_{record.phase}.npz"
+            mode = record.settings.get("mode", "frozen")  # monitors of two modes may share the directory
+            part = matrix if mode == "frozen" else f"{matrix}_{mode}"
+            names[matrix] = f"spectra/{part}_task{record.task:04d}_{record.phase}.npz"
             (directory / names[matrix]).parent.mkdir(parents=True, exist_ok=True)
             spectrum.save(directory / names[matrix])
         record = TaskRecord(**{**vars(record), "spectra": names})
         append_record(directory, record)
         return record
 
-    def _log(self, trainer: Trainer, record: TaskRecord, measurement: Measurement) -> None:
-        if not trainer.is_global_zero:
-            return
+    def _log(self, logger: Any, record: TaskRecord, measurement: Measurement) -> None:
         scalars: dict[str, float] = {"plasticity/task": float(record.task)}
         for key, estimate in record.values.items():
             tag = _phased(key, record.phase)
             scalars[tag] = estimate.value
             if not estimate.exact:
                 scalars |= {f"{tag}_lower": estimate.lower, f"{tag}_upper": estimate.upper}
-        log_scalars(trainer.loggers, scalars, record.step)
+        log_scalars([logger], scalars, record.step)
         for key, (values, counts) in measurement.histograms.items():
-            log_histogram(trainer.loggers, _phased(key, record.phase), values, counts, record.step)
-        self.log_pictures(trainer, measurement, record)
+            log_histogram([logger], _phased(key, record.phase), values, counts, record.step)
+        self.log_pictures(logger, measurement, record)
 
     def _expected_seconds(self, phase: Phase) -> float:
         return next((record.seconds for record in reversed(self.records) if record.phase == phase), 0.0)
 
-    def _warn_once(self, trainer: Trainer, message: str) -> None:
-        cause = message.split(": ", 1)[-1]
+    def _warn_once(self, trainer: Trainer, cause: str, message: str) -> None:
         if cause not in self._warned and trainer.is_global_zero:
             self._warned.add(cause)
             warnings.warn(message, stacklevel=2)
@@ -226,9 +256,22 @@ def _reach_callback_metrics(pl_module: LightningModule, record: TaskRecord) -> N
 
 
 def _announce(trainer: Trainer, seconds: float, what: str) -> None:
-    bar = trainer.progress_bar_callback
+    bar: Any = trainer.progress_bar_callback
     if seconds >= LONG and bar is not None and bar.is_enabled:
-        bar.print(f"{what} {'(' if what.startswith('m') else ''}{seconds:.0f} s")
+        bar.print(f"{what} {seconds:.0f} s")
+
+
+def describe(error: Exception) -> str:
+    """Why a measurement failed, for people: our own messages as they are, others with their type."""
+    return str(error) if isinstance(error, MeasurementError) else f"{type(error).__name__}: {error}"
+
+
+def _by_cause(failures: Mapping[str, str]) -> dict[str, str]:
+    """The parts that failed, by cause, so that one cause is told once."""
+    causes: dict[str, list[str]] = {}
+    for part, why in failures.items():
+        causes.setdefault(why, []).append(part)
+    return {why: ", ".join(filter(None, parts)) for why, parts in causes.items()}
 
 
 def _at_least_one(name: str, value: Any) -> int:

@@ -79,19 +79,20 @@ class LossClosure:
 
     def _loss(self, batch: Any, index: int) -> Tensor:
         self._outputs = None
-        if hasattr(self.module, "curvature_loss"):
-            loss = self.module.curvature_loss(batch)
-            return _as_loss(loss, "curvature_loss")
+        own_loss: Any = getattr(self.module, "curvature_loss", None)
+        if own_loss is not None:
+            return _as_loss(own_loss(batch), "curvature_loss")
         if self.loss_fn is not None:
             inputs, targets = as_pair(batch)
             self._outputs = call_model(self.module, inputs)
             return _as_loss(self.loss_fn(self._outputs, targets), "loss_fn")
         if not hasattr(self.module, "training_step"):
             raise MeasurementError(
-                f"{type(self.module).__name__} has no training_step; pass loss_fn, e.g. torch.nn.functional.cross_entropy."
+                f"{type(self.module).__name__} has no training_step; pass loss_fn, e.g. "
+                "torch.nn.functional.cross_entropy."
             )
         self._collected.clear()
-        step = self.module.training_step
+        step: Any = self.module.training_step
         returned = step(*_step_arguments(step, batch, index))
         if self._collected:
             return torch.stack([loss.reshape(()) for loss in self._collected]).sum()
@@ -156,7 +157,8 @@ def _as_loss(returned: Any, source: str) -> Tensor:
         returned = returned.get("loss")
     if returned is None:
         raise MeasurementError(
-            f"{source} returned no loss on the probe batch; return a tensor or a dict with 'loss', or define curvature_loss(batch)."
+            f"{source} returned no loss on the probe batch; return a tensor or a dict with 'loss', or define "
+            "curvature_loss(batch)."
         )
     if not isinstance(returned, Tensor) or returned.numel() != 1:
         shape = tuple(returned.shape) if isinstance(returned, Tensor) else type(returned).__name__
@@ -169,6 +171,6 @@ def _check_loss(loss: Tensor) -> None:
         raise MeasurementError(f"The loss on the probe data is {float(loss)}; look for NaN or inf in weights and data.")
     if not loss.requires_grad:
         raise MeasurementError(
-            "The loss does not depend on any trainable parameter: all are frozen, or the step computes it under no_grad, "
-            "through .item() or .detach(). Unfreeze a parameter, or define curvature_loss(batch)."
+            "The loss does not depend on any trainable parameter: all are frozen, or the step computes it under "
+            "no_grad, through .item() or .detach(). Unfreeze a parameter, or define curvature_loss(batch)."
         )

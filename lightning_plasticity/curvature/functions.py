@@ -119,8 +119,8 @@ def ntk_spectrum(
 ) -> Spectrum:
     """Exact spectrum of the empirical neural tangent kernel J J^T / N (Jacot et al. 2018, arXiv 1806.07572).
 
-    Arguments as in ``ggn_spectrum``; the loss only serves to find the outputs. Reported over the P coordinates, like the
-    other spectra, so that counts compare.
+    Arguments as in ``ggn_spectrum``; the loss only serves to find the outputs. Reported over the P coordinates, like
+    the other spectra, so that counts compare.
     """
     measured = Measured(model, as_batches(data, model), loss_fn, params, mode, seed)
     return measure_gram(measured, "ntk", max_rows=max_rows)

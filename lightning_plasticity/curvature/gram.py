@@ -25,7 +25,6 @@ from lightning_plasticity.curvature.layers import (
     contract,
     factors,
 )
-from lightning_plasticity.curvature.output_loss import OutputLoss
 
 VMAP_ROWS = 32  # gradient rows that one vectorised backward pass computes
 CHECK_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
@@ -70,6 +69,8 @@ def collect_rows(
     num_samples = columns.shape[1]
     trainable: set[Tensor] = set(parameters)
     calls = [call for call in _usable(taps, trainable, outputs.shape[0]) if call.module not in excluded]
+    if not len(columns):  # a loss without curvature, such as a softmax over one class
+        calls = []
     gradients = _output_gradients(outputs, columns, calls)
     layers = {
         call.module: factors(call, gradient, num_samples, trainable)
@@ -102,7 +103,10 @@ def assemble(batches: Sequence[GramRows]) -> Gram:
 def disagreements(batches: Sequence[GramRows]) -> set[nn.Module]:
     """Layers that took their shortcut in some batches only."""
     taken = [set(batch.layers) for batch in batches]
-    return set.union(*taken) - set.intersection(*taken)
+    every, common = set(taken[0]), set(taken[0])
+    for layers in taken:
+        every, common = every | layers, common & layers
+    return every - common
 
 
 def _tensors(batches: Sequence[GramRows]) -> list[Tensor]:
@@ -149,10 +153,7 @@ def _output_gradients(outputs: Tensor, columns: Tensor, calls: Sequence[LayerCal
         )
         for slot, gradient, target in zip(found, gradients, targets, strict=True):
             slot.append(torch.zeros_like(target) if gradient is None else gradient)
-    return [
-        torch.stack(slot) if slot else target.new_zeros(0, *target.shape)
-        for slot, target in zip(found, targets, strict=True)
-    ]
+    return [torch.stack(slot) for slot in found]
 
 
 def _padded(column: Tensor, outputs: Tensor) -> Tensor:
@@ -164,8 +165,8 @@ def _padded(column: Tensor, outputs: Tensor) -> Tensor:
 
 def _verified(outputs: Tensor, columns: Tensor, layers: dict[nn.Module, Factors]) -> set[nn.Module]:
     """Layers whose rows, mixed with random signs over samples, give the gradient that autograd gives."""
-    if not layers or not len(columns):
-        return set(layers)
+    if not layers:
+        return set()
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(columns.shape[:2], generator=generator, dtype=torch.float64).to(outputs.device, outputs.dtype)
     shape = (*mix.shape, *[1] * (columns.ndim - 2))
@@ -227,7 +228,8 @@ def _batched_grad(outputs: Tensor, parameters: Sequence[nn.Parameter], direction
             torch.autograd.grad(outputs, parameters, direction, retain_graph=True, allow_unused=True)
             for direction in directions
         ]
-        found = tuple(None if rows[0] is None else torch.stack(rows) for rows in zip(*single, strict=True))
+        stacked = [None if rows[0] is None else torch.stack(rows) for rows in zip(*single, strict=True)]
+        found = tuple(stacked)  # type: ignore[arg-type]  # a parameter that the outputs do not use has no gradient
     return [
         directions.new_zeros(len(directions), parameter.numel()) if rows is None else rows.reshape(len(directions), -1)
         for parameter, rows in zip(parameters, found, strict=True)

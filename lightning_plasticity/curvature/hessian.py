@@ -11,14 +11,13 @@ from lightning_plasticity.curvature.errors import MeasurementError
 
 VMAP_PRODUCTS = 32  # products that one vectorised backward pass computes
 MAX_ASYMMETRY = 1e-2
-ROUNDING_MARGIN = 10.0  # the rounding of <u, Hv> may be this many times what one failure of linearity shows
 
 
 class HessianOperator:
     """Products with the Hessian of ``sum_b weight_b loss_b``; nothing is written to ``.grad``.
 
-    One forward and one differentiable gradient per batch are made at construction and kept, so that every product is one
-    backward pass, and random parts of the network stay one fixed draw: the operator is one fixed symmetric matrix.
+    One forward and one differentiable gradient per batch are made at construction and kept, so that every product is
+    one backward pass, and random parts of the network stay one fixed draw: the operator is one fixed symmetric matrix.
 
     Source: Pearlmutter 1994 (exact multiplication by the Hessian), in its reverse-over-reverse form.
 
@@ -92,20 +91,17 @@ class HessianOperator:
             raise MeasurementError("A Hessian-vector product is not finite; look for NaN or inf in weights and data.")
         return product != 0
 
-    def asymmetry(self, generator: torch.Generator) -> float:
-        """|<u, Hv> - <v, Hu>| relative to |Hu| |v|, less rounding: large when a layer's double backward is wrong.
+    def asymmetry(self, generator: torch.Generator) -> tuple[float, float]:
+        """|<u, Hv> - <v, Hu>| over |Hu| |v|, and |Hu|: how wrong a double backward is, on products of what size.
 
-        How far the products are from linear says how large rounding is; on an over-confident network it is all there is.
+        Rounding, for a Hessian; except where the Hessian itself is rounding.
         """
         u, v = (torch.randn(self.num_params, generator=generator, dtype=torch.float64) for _ in range(2))
         u, v = u.to(self.device, self.dtype), v.to(self.device, self.dtype)
         product_u, product_v = self.matvec(u), self.matvec(v)
-        per_direction = float(v.norm()) / self.num_params**0.5
-        rounding = ROUNDING_MARGIN * float((self.matvec(u + v) - product_u - product_v).norm()) * per_direction
-        difference = abs(float(torch.dot(u, product_v) - torch.dot(v, product_u)))
-        if not difference > rounding:  # also where a product is not finite, which is not a matter of symmetry
-            return 0.0
-        return (difference - rounding) / max(float(product_u.norm()) * per_direction, 1e-300)
+        size = float(product_u.norm())
+        scale = max(size * float(v.norm()) / self.num_params**0.5, 1e-300)
+        return abs(float(torch.dot(u, product_v) - torch.dot(v, product_u))) / scale, size
 
     def dense(self, live: Tensor) -> Tensor:
         """(d, d) float64 Hessian on the live coordinates, symmetrised."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import unfoldNd
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 ROW_CHUNK = 64 * 2**20  # elements of per-sample gradient rows held at once
 
@@ -61,7 +61,8 @@ class Factors:
     Attributes:
         inputs: (groups, N, k, L): what multiplies the weights, at each of L positions.
         gradients: (groups, R, N, O, L): gradients of R output columns at the layer's output.
-        diagonal: whether the layer scales features one by one (norms), so that input and gradient are multiplied, k = O.
+        diagonal: whether the layer scales features one by one (norms), so that input and gradient are multiplied, and
+            k = O.
         weight: the weight, or None when it is frozen; its gradient rows are (O, k), or (O,) when diagonal.
         bias: the bias, or None.
     """
@@ -85,7 +86,9 @@ def conv_patches(module: Any, x: Tensor) -> Tensor:
         x, padding = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode), 0
     elif isinstance(padding, str):
         x, padding = F.pad(x, module._reversed_padding_repeated_twice), 0
-    patches = unfoldNd.unfoldNd(x, module.kernel_size, dilation=module.dilation, padding=padding, stride=module.stride)
+    patches: Tensor = unfoldNd.unfoldNd(
+        x, module.kernel_size, dilation=module.dilation, padding=padding, stride=module.stride
+    )
     return patches.reshape(x.shape[0], module.groups, -1, patches.shape[-1]).transpose(0, 1)
 
 
@@ -192,8 +195,8 @@ def add_gram(gram: Tensor, layer: Factors) -> None:
     for group in range(num_groups):
         g, x = layer.gradients[group], layer.inputs[group]
         if layer.bias is not None:
-            x = torch.cat([x, x.new_ones(num_samples, 1, positions)], dim=1) if layer.weight is not None else None
-            x = layer.inputs.new_ones(num_samples, 1, positions) if x is None else x
+            ones = x.new_ones(num_samples, 1, positions)
+            x = ones if layer.weight is None else torch.cat([x, ones], dim=1)
         if positions == 1:
             _add_vectors(gram, g[..., 0], x[..., 0])
             continue

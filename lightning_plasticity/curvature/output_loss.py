@@ -1,7 +1,7 @@
 """A loss seen as a function of the network's outputs, and a square root of its Hessian there.
 
-The generalised Gauss-Newton matrix is G = J^T H_out J (Schraudolph 2002) with J the Jacobian of the outputs and H_out the
-Hessian of the loss in them. A factor S with S S^T = H_out gives its nonzero spectrum as that of the Gram matrix
+The generalised Gauss-Newton matrix is G = J^T H_out J (Schraudolph 2002) with J the Jacobian of the outputs and H_out
+the Hessian of the loss in them. A factor S with S S^T = H_out gives its nonzero spectrum as that of the Gram matrix
 S^T J J^T S. For softmax cross-entropy S has C - 1 columns a sample and no cancellation.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.nn.batches import map_tensors
@@ -82,7 +82,7 @@ class OutputLoss:
 
 
 def _cross_entropy_factor(loss: OutputLoss) -> Tensor | None:
-    """Columns sqrt(omega) diag(sqrt p) Q, Q the first C-1 columns of the Householder matrix that maps sqrt(p) to -e_C."""
+    """Columns sqrt(omega) diag(sqrt p) Q, Q the first C-1 of the Householder matrix that maps sqrt(p) to -e_C."""
     outputs = loss.outputs
     _check_batched(loss)
     num_classes = outputs.shape[1]
@@ -106,8 +106,8 @@ def _cross_entropy_factor(loss: OutputLoss) -> Tensor | None:
 def _check_batched(loss: OutputLoss) -> None:
     if loss.outputs.ndim < 2:
         raise MeasurementError(
-            f"{loss.name} is called on outputs of shape {tuple(loss.outputs.shape)}, one sample without a batch dimension; "
-            "add it with unsqueeze(0)."
+            f"{loss.name} is called on outputs of shape {tuple(loss.outputs.shape)}, one sample without a batch "
+            "dimension; add it with unsqueeze(0)."
         )
 
 
@@ -136,8 +136,8 @@ def _nll_factor(loss: OutputLoss) -> Tensor | None:
     total = torch.logsumexp(loss.outputs.double(), dim=1)
     if not torch.allclose(total, torch.zeros_like(total), atol=1e-3):
         raise MeasurementError(
-            "nll_loss is called on values that are not log-probabilities (their exponentials do not sum to 1), so the loss "
-            "has no curvature in them. Call cross_entropy on the logits, or define curvature_outputs(batch)."
+            "nll_loss is called on values that are not log-probabilities (their exponentials do not sum to 1), so the "
+            "loss has no curvature in them. Call cross_entropy on the logits, or define curvature_outputs(batch)."
         )
     return _cross_entropy_factor(loss)
 
@@ -183,10 +183,10 @@ def _autograd_factor(loss: OutputLoss) -> Tensor:
     slack, floor = _rounding(blocks)
     if float(values.min()) < -(slack * float(values.max()) + floor):
         raise MeasurementError(
-            f"{loss.name} is not convex in the outputs (a second derivative is {float(values.min()):.3g}), so its GGN is not "
-            "positive semidefinite and has no square root. Measure the Hessian only: quantities=('hessian',)."
+            f"{loss.name} is not convex in the outputs (a second derivative is {float(values.min()):.3g}), so its GGN "
+            "is not positive semidefinite and has no square root. Measure the Hessian only: quantities=('hessian',)."
         )
-    columns = vectors * values.clamp_min(0.0).sqrt()[:, None, :]  # (N, O, R)
+    columns: Tensor = vectors * values.clamp_min(0.0).sqrt()[:, None, :]  # (N, O, R)
     return columns.permute(2, 0, 1).reshape(-1, *loss.outputs.shape)
 
 
@@ -227,8 +227,8 @@ def _check_separable(gradient: Tensor, outputs: Tensor, blocks: Tensor) -> None:
     slack, floor = _rounding(blocks)
     if float((product - expected).abs().max()) > slack * float(product.abs().max()) + floor:
         raise MeasurementError(
-            "The loss mixes samples (its second derivatives couple different rows of the outputs), so it has no per-sample "
-            "GGN. Measure the Hessian only: quantities=('hessian',)."
+            "The loss mixes samples (its second derivatives couple different rows of the outputs), so it has no "
+            "per-sample GGN. Measure the Hessian only: quantities=('hessian',)."
         )
 
 

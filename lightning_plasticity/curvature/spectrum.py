@@ -33,8 +33,8 @@ class Spectrum:
     """Eigenvalues of a P x P curvature matrix, or quadrature nodes that stand for them.
 
     Attributes:
-        eigenvalues: (K,) float64, ascending: distinct entries of an exact spectrum (the structural zeros are one entry), or
-            the nodes of a quadrature.
+        eigenvalues: (K,) float64, ascending: distinct entries of an exact spectrum (the structural zeros are one
+            entry), or the nodes of a quadrature.
         weights: (K,) float64, the share of the P coordinates that each entry stands for; they sum to 1.
         num_params: P, the number of coordinates, zeros included.
         exact: whether these are all eigenvalues (up to rounding), not an estimate.
@@ -132,7 +132,7 @@ class Spectrum:
         )
 
     def effective_rank(self) -> Estimate:
-        """exp of the entropy of |lambda| / sum |lambda| (Roy and Vetterli 2007); between 1 and ``num_params``."""
+        """The exponential of the entropy of |lambda| / sum |lambda| (Roy and Vetterli 2007), 1 to ``num_params``."""
         value = float(effective_rank_of(self._magnitudes, self.counts))
         if self.quadrature is None or self.exact:
             return Estimate.exactly(value)
@@ -144,7 +144,7 @@ class Spectrum:
         return self._functional(lambda counts: srank_of(self._magnitudes, counts, delta=delta))
 
     def stable_rank(self) -> Estimate:
-        """sum lambda^2 / max lambda^2 (Rudelson and Vershynin 2007)."""
+        """Sum of lambda^2 over max lambda^2 (Rudelson and Vershynin 2007)."""
         return self._functional(lambda counts: stable_rank_of(self._magnitudes, counts))
 
     def participation_ratio(self) -> Estimate:
@@ -195,7 +195,8 @@ class Spectrum:
         deviation = self._kernel_width(variance)
         offsets = (grid.to(torch.float64)[:, None] - self.eigenvalues) / deviation
         kernel = torch.exp(-0.5 * offsets**2) / (deviation * (2 * torch.pi) ** 0.5)
-        return kernel @ self.weights
+        density: Tensor = kernel @ self.weights
+        return density
 
     def density_epsilon_rank(self, eps: float, num_points: int = 10_000, variance: float = 1e-5) -> float:
         """The normalised eps-rank as published code computes it, from the smoothed density: for comparison only.
@@ -277,8 +278,8 @@ class Spectrum:
 
 
 _ABOUT = ("num_params", "exact", "matrix", "method", "num_samples", "num_products", "seconds", "resolution")
-# Wider than the 95 % it is meant for: resampling does not know what Lanczos left unresolved, and at 2.5 % on each side the
-# interval of the trace held in 85 to 98 % of the repetitions (docs/studies/intervals.md).
+# Wider than the 95 % it is meant for: resampling does not know what Lanczos left unresolved, and at 2.5 % on each side
+# the interval of the trace held in 85 to 98 % of the repetitions (docs/studies/intervals.md).
 _INTERVAL = torch.tensor([0.005, 0.995], dtype=torch.float64)
 
 
@@ -300,7 +301,7 @@ def _insert_zeros(values: Tensor, weights: Tensor, weight: float) -> tuple[Tenso
 
 def _warn_density(eps: float, step: float, width: float) -> None:
     warnings.warn(
-        f"density_epsilon_rank at eps={eps:g}: the kernel is {width:.3g} wide and the grid step is {step:.3g}, wider than "
-        "eps, so the number does not measure the eps-rank. Use epsilon_rank(eps), which counts.",
+        f"density_epsilon_rank at eps={eps:g}: the kernel is {width:.3g} wide and the grid step is {step:.3g}, wider "
+        "than eps, so the number does not measure the eps-rank. Use epsilon_rank(eps), which counts.",
         stacklevel=3,
     )

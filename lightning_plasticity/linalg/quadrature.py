@@ -93,7 +93,7 @@ class LanczosQuadrature:
         return mask & self._likely_simple(mask)
 
     def _simple_after_breakdown(self) -> NDArray[np.bool_]:
-        """After a breakdown every node is an eigenvalue; it counts once unless its mass says that it is a multiple one."""
+        """After a breakdown every node is an eigenvalue; it counts once unless its mass says that it is multiple."""
         if len(self.nodes) == self.dim:
             return np.ones(self.dim, dtype=bool)
         surprise = betaincc(0.5, (self.dim - 1) / 2, self.masses)
@@ -176,7 +176,7 @@ class LanczosQuadrature:
         if not len(rest):
             return outside
         atom = int(np.argmin(rest))
-        outside += float(rest_counts[atom]) * (rest[atom] > eps)
+        outside += float(rest_counts[atom]) * float(rest[atom] > eps)
         rest, rest_counts = np.delete(rest, atom), np.delete(rest_counts, atom)
         rest, rest_counts = rest[rest > 0], rest_counts[rest > 0]
         if not len(rest) or eps <= 0:

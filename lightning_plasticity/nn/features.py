@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any
@@ -82,6 +82,10 @@ class FeatureTaps:
         """Forget the activations seen so far; the taps stay."""
         self._records.clear()
 
+    def calls(self, name: str) -> list[Tensor]:
+        """The activations of one layer, call by call."""
+        return self._records.get(name, [])
+
     @property
     def features(self) -> dict[str, Tensor]:
         """Activations by layer name, in the order of the layers; those that were never computed are absent."""
@@ -132,6 +136,8 @@ def first_tensor(value: Any) -> Tensor | None:
 
 def named_layers(module: nn.Module, patterns: Sequence[str]) -> list[HiddenLayer]:
     """Layers by name or wildcard (``"net.1"``, ``"encoder.*"``, ``"fc2.input"``): the outputs of those modules.
+
+    A wildcard takes each module once, by its first name, and no ``ModuleList``, which is never called.
 
     Raises:
         ValueError: for a pattern that matches nothing; the message lists the names that exist.
@@ -187,11 +193,12 @@ class _Recorder:
         self.names = {child: name for name, child in module.named_modules() if name}
         self.weighted = {child for child in self.names if any(isinstance(part, WEIGHTS) for part in child.modules())}
         self.blocks = _blocks(module)
-        self.makers: dict[int, tuple[str, int]] = {}  # id of a tensor -> who made it, and the tensor's version then
+        self.makers: dict[int, _Made] = {}  # by id of the tensor
+        self.calls: dict[str, list[_Made]] = {}  # by name of the module
         self.learned: set[int] = set()  # addresses of what weights have computed, also without a graph
         self.keep: list[Tensor] = []  # keeps ids and addresses unique while we compare them
-        self.found: dict[str, HiddenLayer] = {}
-        self.pending: dict[str, HiddenLayer] = {}
+        self.found: dict[tuple[str, str], HiddenLayer] = {}  # by maker and reader
+        self.pending: dict[tuple[str, str], HiddenLayer] = {}
         self.inside = 0
         self.handles = [child.register_forward_pre_hook(self._enter, with_kwargs=True) for child in self.names]
         self.handles += [child.register_forward_hook(self._leave, always_call=True) for child in self.names]
@@ -210,11 +217,21 @@ class _Recorder:
             return
         name = self.names[module]
         channel_dim = 1 if isinstance(module, CONVOLUTIONS) else -1
-        maker, version = self.makers.get(id(tensor), ("", 0))
-        if not maker or version != _version(tensor):  # made, or changed in place since, by no module
-            self.found.setdefault(f"{name}.input", HiddenLayer(f"{name}.input", name, True, channel_dim))
-        elif maker not in self.blocks:
-            self.found.setdefault(maker, HiddenLayer(maker, maker, False, channel_dim))
+        made = self.makers.get(id(tensor))
+        if made is None or made.version != _version(tensor):  # made, or changed in place since, by no module
+            self.found.setdefault(("", name), _input_of(name, channel_dim))
+        elif made.by not in self.blocks:
+            made.readers.add(name)
+            self.found.setdefault((made.by, name), HiddenLayer(made.by, made.by, False, channel_dim))
+
+    def layers(self) -> list[HiddenLayer]:
+        """What was found, in the order of the reads; of a module that serves in several places, where it is read."""
+        out: dict[str, HiddenLayer] = {}
+        for (maker, reader), layer in self.found.items():
+            shared = len({frozenset(call.readers) for call in self.calls.get(maker, []) if maker not in self.blocks}) > 1
+            chosen = _input_of(reader, layer.channel_dim) if shared else layer
+            out.setdefault(chosen.name, chosen)
+        return list(out.values())
 
     def _is_hidden(self, tensor: Tensor) -> bool:
         """Whether weights have made it; a frozen part under ``no_grad`` leaves no graph, only its tensors."""
@@ -231,14 +248,28 @@ class _Recorder:
         source = first_tensor(args)
         if module in self.weighted or (source is not None and self._is_hidden(source)):
             self.learned.add(tensor.data_ptr())
-        made = (name, _version(tensor))
+        made = _Made(name, _version(tensor))
         if name in self.blocks:  # a block speaks for its inside
-            self.makers[id(tensor)] = made
-            self.pending[name] = HiddenLayer(name, name, False, None)
-        elif any(True for _ in module.children()) and self.makers.get(id(tensor), made)[1] == made[1]:
-            self.makers.setdefault(id(tensor), made)  # a container returns its last child's tensor: the child made it
-        else:
-            self.makers[id(tensor)] = made  # the latest leaf: an in-place ReLU returns the tensor that it was given
+            self.pending[name, ""] = HiddenLayer(name, name, False, None)
+        elif any(True for _ in module.children()):
+            before = self.makers.get(id(tensor))
+            if before is not None and before.version == made.version:
+                return  # a container returns its last child's tensor: the child made it
+        self.calls.setdefault(name, []).append(made)
+        self.makers[id(tensor)] = made  # the latest leaf: an in-place ReLU returns the tensor that it was given
+
+
+@dataclass
+class _Made:
+    """One output of a module: the tensor's version when it was made, and the weights that read it."""
+
+    by: str
+    version: int
+    readers: set[str] = field(default_factory=set)
+
+
+def _input_of(name: str, channel_dim: int | None) -> HiddenLayer:
+    return HiddenLayer(f"{name}.input", name, True, channel_dim)
 
 
 def _version(tensor: Tensor) -> int:
@@ -288,4 +319,4 @@ def find_hidden_layers(module: nn.Module, run: Callable[[], object]) -> list[Hid
             handle.remove()
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-    return list(recorder.found.values())
+    return recorder.layers()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -114,13 +115,15 @@ def plain_loop(trace: Trace, regularizers: list[Any], after: bool) -> dict[str, 
         step()
         found["norms_after_er"].append(norms())
 
+    flats["flat_step0"] = flat()
     for first in range(0, len(trace.batches), n):
         window = trace.batches[first : first + n]
         if not after:
             for _ in range(er_step):
-                separate(window, lambda window=window: engine.separate_steps(network, window, run))  # type: ignore[misc]
+                separate(window, partial(engine.separate_steps, network, window, run))
         for index, (x, y) in enumerate(window, start=first):
-            engine.remember((x, y))
+            if after:
+                engine.remember((x, y))
             outputs = network(x)
             loss = torch.nn.functional.cross_entropy(outputs, y)
             found["losses"].append(float(loss.detach()))
@@ -130,10 +133,8 @@ def plain_loop(trace: Trace, regularizers: list[Any], after: bool) -> dict[str, 
             engine.add_gradients(network.parameters())
             optimizer.step()
             found["norms"].append(norms())
-            if index == 0:
-                flats["flat_step0"] = flat()
             if after and index == first + n - 1:
-                separate(window, lambda: engine.after_step(network, run))
+                separate(window, partial(engine.after_step, network, run))
             elif after:
                 engine.after_step(network, run)
         flats[f"flat_round{first // n + 1}"] = flat()
