@@ -25,7 +25,8 @@ class TaskRecord:
         phase: ``"start"`` (before the first update on the task) or ``"end"`` (after the last).
         step: cumulative optimizer step.
         values: numbers by key (as logged), each with its interval.
-        settings: what was measured on and how: samples, dtype, mode, method; ``identity`` tells apart monitors of one class.
+        settings: what was measured on and how: samples, dtype, mode, method; ``identity`` tells monitors of one class
+            apart.
         seconds: wall time of the measurement.
         failure: why nothing could be measured, else None.
         spectra: file names of the spectra, beside the record, by matrix.

@@ -10,8 +10,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
+from lightning_plasticity.callbacks.arguments import choice, decimal, function, numbers
 from lightning_plasticity.callbacks.live import live_optimizers
-from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement, OnError, Phase, decimal
+from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement, OnError, Phase, describe
 from lightning_plasticity.curvature import LossClosure
 from lightning_plasticity.curvature.closure import LossFunction
 from lightning_plasticity.linalg import (
@@ -24,6 +25,7 @@ from lightning_plasticity.linalg.feature_matrix import FeatureLayout
 from lightning_plasticity.linalg.ranks import count_above
 from lightning_plasticity.metrics import DormantUnitRatio, SingularValues
 from lightning_plasticity.nn import FeatureTaps, HiddenLayer, find_hidden_layers, named_layers, undisturbed
+from lightning_plasticity.nn.batches import clone_batch
 from lightning_plasticity.nn.undisturbed import MODES, Mode
 
 PROBE_SAMPLES = 2048
@@ -33,10 +35,11 @@ FEATURE_RANK_EPS = 0.01  # Lyle 2022
 class FeatureRankMonitor(BoundaryMonitor):
     """Measures the rank of hidden features, dormant units and weight norms at task boundaries, undisturbed.
 
-    All numbers are exact for the probe samples, computed from float64 second moments; features are not centred. Every rank
-    is capped by ``max_rank`` = min(samples, features): compare at equal caps only.
+    All numbers are exact for the probe samples, computed from float64 second moments; features are not centred. Every
+    rank is capped by ``max_rank`` = min(samples, features): compare at equal caps only.
 
-    Logged for each hidden layer (``plasticity/end/...`` for the end of a task), and without ``/<layer>`` the mean over them:
+    Logged for each hidden layer (``plasticity/end/...`` for the end of a task), and without ``/<layer>`` the mean over
+    them; those of the start also reach ``trainer.callback_metrics``:
 
     - ``plasticity/features/effective_rank/<layer>``: exp of the entropy of sigma / sum sigma (Roy and Vetterli 2007).
     - ``plasticity/features/stable_rank/<layer>``: sum sigma^2 / max sigma^2.
@@ -51,17 +54,17 @@ class FeatureRankMonitor(BoundaryMonitor):
     - ``plasticity/task``: index of the task; the x axis is the cumulative optimizer step.
     - histograms ``plasticity/features/singular_values_log10/<layer>``.
 
-    Convolutions: with ``conv="positions"`` each position is a sample and each channel a feature; with ``"flatten"`` each
-    sample is one row. The numbers of the two cannot be compared.
+    Convolutions: with ``conv="positions"`` each position is a sample and each channel a feature; with ``"flatten"``
+    each sample is one row. The numbers of the two cannot be compared.
 
     Args:
-        layers: names or wildcards (``["net.1", "encoder.*"]``); None for all hidden activations that feed a later weight,
-            and for containers of blocks the outputs of the blocks.
+        layers: names or wildcards (``["net.1", "encoder.*"]``); None for all hidden activations that feed a later
+            weight, and for containers of blocks the outputs of the blocks.
         probe_samples: samples to measure on; None for 2048.
         when: ``"start"``, ``"end"`` or both.
         every_n_tasks: measure at tasks 0, n, 2n, ...
-        data: what to measure on: a batch, dataset, loader, or callable ``(trainer, pl_module)``; None for the task's own
-            training data.
+        data: what to measure on: a batch, dataset, loader, or callable ``(trainer, pl_module)``; None for the task's
+            own training data.
         loss_fn: ``loss_fn(outputs, targets)`` for modules whose training step cannot be run on the probe data.
         dormant_tau: thresholds of dormancy.
         conv: ``"positions"`` or ``"flatten"``.
@@ -82,11 +85,11 @@ class FeatureRankMonitor(BoundaryMonitor):
         self,
         layers: list[str] | None = None,
         probe_samples: int | None = None,
-        when: Sequence[str] = ("start", "end"),
+        when: Phase | Sequence[Phase] = ("start", "end"),
         every_n_tasks: int = 1,
         data: Any = None,
         loss_fn: LossFunction | None = None,
-        dormant_tau: Sequence[float] = (0.025, 0.1),
+        dormant_tau: float | Sequence[float] = (0.025, 0.1),
         conv: FeatureLayout = "positions",
         mode: Mode = "frozen",
         on_error: OnError = "warn",
@@ -95,15 +98,15 @@ class FeatureRankMonitor(BoundaryMonitor):
         samples = PROBE_SAMPLES if probe_samples is None else probe_samples
         super().__init__(samples, when, every_n_tasks, data, on_error, save_dir)
         if isinstance(layers, str) or (layers is not None and not layers):
-            raise ValueError(f"layers={layers!r}, expected a list of names such as ['net.1'], or None for all hidden layers.")
-        if mode not in MODES:
-            raise ValueError(f"mode={mode!r}, expected one of {MODES}.")
+            raise ValueError(
+                f"layers={layers!r}, expected a list of names such as ['net.1'], or None for all hidden layers."
+            )
+        choice("mode", mode, MODES)
+        function("loss_fn", loss_fn)
         SingularValues(conv=conv)  # refuses an unknown layout
-        for tau in dormant_tau:
-            DormantUnitRatio(tau=tau)  # refuses a negative one
         self.layers = layers
         self.loss_fn = loss_fn
-        self.dormant_tau = tuple(dormant_tau)
+        self.dormant_tau = numbers("dormant_tau", dormant_tau)
         self.conv = conv
         self.mode = mode
         self._layers: list[HiddenLayer] | None = None
@@ -123,16 +126,20 @@ class FeatureRankMonitor(BoundaryMonitor):
         if self._layers is None:
             with undisturbed(pl_module, mode=self.mode, **live) as collected:
                 closure = LossClosure(pl_module, self.loss_fn, collected)
-                self._layers = find_hidden_layers(pl_module, lambda: closure.run(batches[0]))
+                self._layers = find_hidden_layers(pl_module, lambda: closure.run(clone_batch(batches[0])))
+        measurement = Measurement(settings={"mode": self.mode, "conv": self.conv})
         statistics = {layer.name: _LayerStatistics(layer, self.conv, self.dormant_tau) for layer in self._layers}
         with undisturbed(pl_module, mode=self.mode, **live) as collected, FeatureTaps(pl_module, self._layers) as taps:
             closure = LossClosure(pl_module, self.loss_fn, collected)
             for index, batch in enumerate(batches):
                 taps.clear()
-                closure.run(batch, index)
-                for name, activations in taps.features.items():
-                    statistics[name].update(activations)
-        measurement = Measurement(settings={"mode": self.mode, "conv": self.conv})
+                closure.run(clone_batch(batch), index)
+                for name, layer in statistics.items():
+                    try:
+                        for activations in taps.calls(name):
+                            layer.update(activations)
+                    except (TypeError, ValueError) as error:  # a scalar, say, or widths that differ between calls
+                        measurement.failures[name] = describe(error)
         measurement.values |= _weight_norms(pl_module)
         self._summarise(statistics, measurement)
         return measurement
@@ -140,18 +147,20 @@ class FeatureRankMonitor(BoundaryMonitor):
     def _summarise(self, statistics: dict[str, _LayerStatistics], measurement: Measurement) -> None:
         found: dict[str, dict[str, float]] = {}
         for name, layer in statistics.items():
-            if layer.num_samples == 0:
-                measurement.failures[name] = f"layer {name} was not reached on the probe data"
+            if name in measurement.failures:
                 continue
-            sigma = layer.singular_values.compute()
+            if layer.num_samples == 0:
+                measurement.failures[name] = "The layer was not reached on the probe data; see layers=[...]."
+                continue
+            sigma = layer.singular_values.compute().reshape(-1)  # torchmetrics squeezes a single one
             if not bool(torch.isfinite(sigma).all()):
-                measurement.failures[name] = f"the features of layer {name} hold NaN or inf"
+                measurement.failures[name] = "The features hold NaN or inf; look for them in weights and data."
                 continue
             found[name] = layer.numbers(sigma)
             key = f"plasticity/features/singular_values_log10/{_tag(name)}"
             measurement.histograms[key] = (sigma, torch.ones_like(sigma))
         if not statistics:
-            measurement.failures["layers"] = "no hidden layer was found; name some with layers=[...]"
+            measurement.failures["features"] = "No hidden layer was found; name some with layers=[...]."
         for name, numbers in found.items():
             for key, number in numbers.items():
                 measurement.values[f"plasticity/features/{key}/{_tag(name)}"] = Estimate.exactly(number)
@@ -159,7 +168,7 @@ class FeatureRankMonitor(BoundaryMonitor):
             for key in next(iter(found.values())):
                 mean = sum(numbers[key] for numbers in found.values()) / len(found)
                 measurement.values[f"plasticity/features/{key}"] = Estimate.exactly(mean)
-            measurement.settings["num_samples"] = {name: layer.num_samples for name, layer in statistics.items()}
+            measurement.settings["num_samples"] = {name: statistics[name].num_samples for name in found}
 
 
 class _LayerStatistics:
@@ -168,9 +177,10 @@ class _LayerStatistics:
     def __init__(self, layer: HiddenLayer, conv: FeatureLayout, taus: Sequence[float]) -> None:
         options: dict[str, Any] = {"conv": conv, "channel_dim": layer.channel_dim}
         self.singular_values = SingularValues(**options)
-        units = {"dead_units": DormantUnitRatio(tau=0.0, channel_dim=layer.channel_dim)}
-        units |= {f"dormant_units_{decimal(tau)}": DormantUnitRatio(tau=tau, channel_dim=layer.channel_dim) for tau in taus}
-        self.units = units
+        thresholds = {"dead_units": 0.0} | {f"dormant_units_{decimal(tau)}": tau for tau in taus}
+        self.units = {
+            name: DormantUnitRatio(tau=tau, channel_dim=layer.channel_dim) for name, tau in thresholds.items()
+        }
 
     @property
     def num_samples(self) -> int:

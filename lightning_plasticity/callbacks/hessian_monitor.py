@@ -7,8 +7,9 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_plasticity.callbacks.arguments import choice, choices, decimal, function, numbers, whole_number
 from lightning_plasticity.callbacks.live import live_optimizers
-from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement, OnError, Phase, decimal, describe
+from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement, OnError, Phase, describe
 from lightning_plasticity.curvature import Measured, Spectrum, measure_gram, measure_hessian
 from lightning_plasticity.curvature.closure import LossFunction
 from lightning_plasticity.curvature.measure import LANCZOS_STEPS, MAX_ROWS
@@ -26,15 +27,15 @@ PROBE_SAMPLES = 512
 class HessianSpectrumMonitor(BoundaryMonitor):
     """Measures the eigenvalue spectrum of the loss at task boundaries, without disturbing training.
 
-    At a task's start: old weights, the new task's data, before the first update. At its end: the same samples. The GGN is
-    exact, through its Gram matrix; the Hessian is exact for few parameters, else estimated by Lanczos quadrature with 95 %
-    intervals. Needs no change to the module: loss and outputs are found by watching its ``training_step``; override with
-    ``loss_fn``, or ``curvature_loss(batch)`` and ``curvature_outputs(batch)`` on the module.
+    At a task's start: old weights, the new task's data, before the first update. At its end: the same samples. The GGN
+    is exact, through its Gram matrix; the Hessian is exact for few parameters, else estimated by Lanczos quadrature
+    with 95 % intervals. Needs no change to the module: loss and outputs are found by watching its ``training_step``;
+    override with ``loss_fn``, or ``curvature_loss(batch)`` and ``curvature_outputs(batch)`` on the module.
 
     Source: Prakash et al. 2026 (arXiv 2509.22335); quantities as in ``Spectrum``.
 
-    Logged, with m one of ``ggn``, ``hessian``, ``ntk`` (``plasticity/end/...`` for the end of a task; estimates also with
-    ``_lower`` and ``_upper``):
+    Logged, with m one of ``ggn``, ``hessian``, ``ntk`` (``plasticity/end/...`` for the end of a task; estimates also
+    with ``_lower`` and ``_upper``; those of the start also reach ``trainer.callback_metrics``):
 
     - ``plasticity/m/eps_rank_<eps>``: eigenvalues with |lambda| > eps, a count; eps in units of the loss.
     - ``plasticity/m/relative_eps_rank_<eps>``: the same above eps times the largest |lambda|.
@@ -43,7 +44,8 @@ class HessianSpectrumMonitor(BoundaryMonitor):
     - ``plasticity/m/negative_fraction``: share of negative eigenvalues (Hessian only).
     - ``plasticity/m/num_samples``: samples measured on.
     - ``plasticity/task``: index of the task; the x axis is the cumulative optimizer step.
-    - histograms ``plasticity/m/spectrum_log10`` (of log10 |lambda|) and figures ``plasticity/m/spectra`` (all tasks so far).
+    - histograms ``plasticity/m/spectrum_log10`` (of log10 |lambda|) and figures ``plasticity/m/spectra`` (all tasks so
+      far).
 
     Args:
         quantities: which matrices.
@@ -53,8 +55,8 @@ class HessianSpectrumMonitor(BoundaryMonitor):
             within ``max_rows``.
         when: ``"start"``, ``"end"`` or both.
         every_n_tasks: measure at tasks 0, n, 2n, ...
-        data: what to measure on: a batch, dataset, loader, or callable ``(trainer, pl_module)``; None for the task's own
-            training data.
+        data: what to measure on: a batch, dataset, loader, or callable ``(trainer, pl_module)``; None for the task's
+            own training data.
         loss_fn: ``loss_fn(outputs, targets)`` for batches that are pairs.
         num_steps: Lanczos steps of the Hessian.
         max_rows: bound on the GGN's Gram matrix, samples times (classes - 1).
@@ -75,11 +77,11 @@ class HessianSpectrumMonitor(BoundaryMonitor):
 
     def __init__(
         self,
-        quantities: Sequence[Quantity] = ("ggn", "hessian"),
-        eps: Sequence[float] = (1e-3, 1e-2, 1e-1),
-        relative_eps: Sequence[float] = (1e-4, 1e-3, 1e-2),
+        quantities: Quantity | Sequence[Quantity] = ("ggn", "hessian"),
+        eps: float | Sequence[float] = (1e-3, 1e-2, 1e-1),
+        relative_eps: float | Sequence[float] = (1e-4, 1e-3, 1e-2),
         probe_samples: int | None = None,
-        when: Sequence[str] = ("start", "end"),
+        when: Phase | Sequence[Phase] = ("start", "end"),
         every_n_tasks: int = 1,
         data: Any = None,
         loss_fn: LossFunction | None = None,
@@ -92,21 +94,16 @@ class HessianSpectrumMonitor(BoundaryMonitor):
     ) -> None:
         samples = PROBE_SAMPLES if probe_samples is None else probe_samples
         super().__init__(samples, when, every_n_tasks, data, on_error, save_dir)
-        self.quantities = (quantities,) if isinstance(quantities, str) else tuple(quantities)
-        if not self.quantities or any(quantity not in QUANTITIES for quantity in self.quantities):
-            raise ValueError(f"quantities={quantities!r}, expected some of {QUANTITIES}.")
-        self.eps = _check_eps("eps", eps)
-        self.relative_eps = _check_eps("relative_eps", relative_eps)
-        if mode not in MODES:
-            raise ValueError(f"mode={mode!r}, expected one of {MODES}.")
-        for name, value in (("num_steps", num_steps), ("max_rows", max_rows)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r}, expected a whole number >= 1.")
+        self.quantities = choices("quantities", quantities, QUANTITIES, f"some of {QUANTITIES}")
+        self.eps = numbers("eps", eps)
+        self.relative_eps = numbers("relative_eps", relative_eps)
+        choice("mode", mode, MODES)
+        function("loss_fn", loss_fn)
         self.loss_fn = loss_fn
-        self.num_steps = num_steps
-        self.max_rows = max_rows
+        self.num_steps = whole_number("num_steps", num_steps)
+        self.max_rows = whole_number("max_rows", max_rows)
         self.mode = mode
-        self.seed = seed
+        self.seed = whole_number("seed", seed, least=0)
         self._spectra: dict[str, dict[int, Spectrum]] = {quantity: {} for quantity in self.quantities}
         self._symmetry_checked = False
 
@@ -175,10 +172,3 @@ class HessianSpectrumMonitor(BoundaryMonitor):
 def _about(spectrum: Spectrum) -> dict[str, Any]:
     names = ("method", "exact", "num_params", "num_samples", "num_products", "seconds", "resolution")
     return {name: getattr(spectrum, name) for name in names} | dict(spectrum.settings)
-
-
-def _check_eps(name: str, values: Sequence[float]) -> tuple[float, ...]:
-    found = (values,) if isinstance(values, int | float) else tuple(values)
-    if any(isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e300 for value in found):
-        raise ValueError(f"{name}={values!r}, expected numbers >= 0, e.g. {name}=(1e-3, 1e-2).")
-    return tuple(float(value) for value in found)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 
-def live_optimizers(pl_module: Any) -> dict[str, list[Any]]:
+class LiveOptimizers(TypedDict):
+    """Keyword arguments of ``undisturbed``."""
+
+    optimizers: list[Any]
+    schedulers: list[Any]
+
+
+def live_optimizers(pl_module: Any) -> LiveOptimizers:
     """Keyword arguments ``optimizers`` and ``schedulers`` for ``undisturbed``; empty under automatic optimization."""
     if getattr(pl_module, "automatic_optimization", True):
         return {"optimizers": [], "schedulers": []}

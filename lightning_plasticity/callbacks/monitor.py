@@ -13,6 +13,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lightning_plasticity.callbacks.arguments import choices, whole_number
 from lightning_plasticity.callbacks.probe_data import probe_batches
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
 from lightning_plasticity.curvature import MeasurementError, Spectrum
@@ -61,16 +62,16 @@ class BoundaryMonitor(Callback):
     def __init__(
         self,
         probe_samples: int,
-        when: Sequence[str],
+        when: Phase | Sequence[Phase],
         every_n_tasks: int,
         data: Any,
         on_error: OnError,
         save_dir: str | None,
     ) -> None:
         super().__init__()
-        self.probe_samples = _at_least_one("probe_samples", probe_samples)
-        self.when = _check_when(when)
-        self.every_n_tasks = _at_least_one("every_n_tasks", every_n_tasks)
+        self.probe_samples = whole_number("probe_samples", probe_samples)
+        self.when = choices("when", when, PHASES, "'start', 'end' or both, e.g. when=('start', 'end')")
+        self.every_n_tasks = whole_number("every_n_tasks", every_n_tasks)
         if on_error not in ("warn", "raise"):
             raise ValueError(f"on_error={on_error!r}, expected 'warn' (record the failure, go on) or 'raise'.")
         self.data = data
@@ -93,9 +94,9 @@ class BoundaryMonitor(Callback):
     # ---- Lightning's hooks -----------------------------------------------------------------------------------------
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Find the Trainer's task tracker, or give it one."""
+        """Find the Trainer's task tracker, or give it one; an evaluation may load one from a checkpoint."""
+        self._tracker = TaskTracker.attach(trainer, self._tracker)
         if stage == "fit":
-            self._tracker = TaskTracker.attach(trainer, self._tracker)
             self._probe, self._probed_task = None, None
 
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
@@ -160,10 +161,8 @@ class BoundaryMonitor(Callback):
             self._warn_once(trainer, why, f"{what}: {why.rstrip('.')}. Training goes on.")
         _announce(trainer, seconds, f"{name}: measured at the {phase} of task {task} in")
         settings = measurement.settings | {"identity": self.state_key}
-        step = self._tracker.step
-        self._keep(
-            trainer, pl_module, TaskRecord(name, task, phase, step, measurement.values, settings, seconds, failure), measurement
-        )
+        about = (name, task, phase, self._tracker.step)
+        self._keep(trainer, pl_module, TaskRecord(*about, measurement.values, settings, seconds, failure), measurement)
 
     def _measured(self, trainer: Trainer, pl_module: LightningModule, phase: Phase) -> Measurement:
         if self._probe is None:
@@ -183,9 +182,7 @@ class BoundaryMonitor(Callback):
         with suppress(Exception):
             self._fetch(trainer, pl_module, batch)
 
-    def _keep(
-        self, trainer: Trainer, pl_module: LightningModule, record: TaskRecord, measurement: Measurement
-    ) -> None:
+    def _keep(self, trainer: Trainer, pl_module: LightningModule, record: TaskRecord, measurement: Measurement) -> None:
         """Files, records, loggers; a full disk or a broken logger must not kill the run either."""
         with self._guarded(trainer, "write its record"):
             record = self._save(trainer, record, measurement)
@@ -205,7 +202,8 @@ class BoundaryMonitor(Callback):
             if self.on_error == "raise":
                 raise
             why = f"{type(error).__name__}: {error}"
-            self._warn_once(trainer, f"{what} {why}", f"{type(self).__name__} could not {what}: {why} Training goes on.")
+            name = type(self).__name__
+            self._warn_once(trainer, f"{what} {why}", f"{name} could not {what}: {why.rstrip('.')}. Training goes on.")
 
     def _save(self, trainer: Trainer, record: TaskRecord, measurement: Measurement) -> TaskRecord:
         directory = Path(self.save_dir) if self.save_dir is not None else log_directory(trainer.loggers)
@@ -257,7 +255,7 @@ def _reach_callback_metrics(pl_module: LightningModule, record: TaskRecord) -> N
 
 def _announce(trainer: Trainer, seconds: float, what: str) -> None:
     bar: Any = trainer.progress_bar_callback
-    if seconds >= LONG and bar is not None and bar.is_enabled:
+    if seconds >= LONG and bar is not None and getattr(bar, "is_enabled", True):
         bar.print(f"{what} {seconds:.0f} s")
 
 
@@ -272,22 +270,3 @@ def _by_cause(failures: Mapping[str, str]) -> dict[str, str]:
     for part, why in failures.items():
         causes.setdefault(why, []).append(part)
     return {why: ", ".join(filter(None, parts)) for why, parts in causes.items()}
-
-
-def _at_least_one(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}, expected a whole number >= 1.")
-    return value
-
-
-def _check_when(when: Sequence[str]) -> tuple[str, ...]:
-    phases = (when,) if isinstance(when, str) else tuple(when)
-    if not phases or any(phase not in PHASES for phase in phases):
-        raise ValueError(f"when={when!r}, expected 'start', 'end' or both, e.g. when=('start', 'end').")
-    return phases
-
-
-def decimal(number: float) -> str:
-    """A number as keys may hold it: digits and a point, no exponent."""
-    text = f"{number:.12f}".rstrip("0").rstrip(".")
-    return text or "0"

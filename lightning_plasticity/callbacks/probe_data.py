@@ -1,60 +1,65 @@
 """The data that curvature and ranks are measured on, fetched without training noticing.
 
-First what the user hands over; else samples of the training dataset, evenly spread, fetched by ourselves; else clones of
-the batch that has just arrived. The training loader itself is never iterated: that changes the batches training sees.
+First what the user hands over; else samples of the training dataset, evenly spread, fetched by ourselves; else clones
+of the batch that has just arrived. The training loader itself is never iterated: that changes what training sees.
 """
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import is_dataclass
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lightning_plasticity.callbacks.live import live_optimizers
 from lightning_plasticity.curvature import MeasurementError
-from lightning_plasticity.nn import preserve_rng
-from lightning_plasticity.nn.batches import batch_size, clone_batch, map_tensors
+from lightning_plasticity.nn import undisturbed
+from lightning_plasticity.nn.batches import batch_size, clone_batch
+from lightning_plasticity.nn.generators import generator_state, held_by
 
 CHUNK = 512  # samples in one probe batch at most
-MANY = 64  # entries of a list of transforms or datasets that are looked into
 
 
-def probe_batches(
-    trainer: Any, pl_module: Any, data: Any, num_samples: int, first_batch: Any
-) -> tuple[list[Any], str]:
+def probe_batches(trainer: Any, pl_module: Any, data: Any, num_samples: int, first_batch: Any) -> tuple[list[Any], str]:
     """Probe batches on the module's device, and where they came from.
 
     Args:
         trainer: the Trainer.
         pl_module: the module; its transfer hooks are applied.
         data: the user's batch, dataset, loader or callable ``(trainer, pl_module)``, or None.
-        num_samples: at most so many samples (a user's own batch or loader is taken whole up to the batch that reaches it).
+        num_samples: at most so many samples (a user's own batch, or the batch of a loader that reaches it, is taken
+            whole).
         first_batch: the task's first batch, already transferred; the last resort.
 
     Raises:
         MeasurementError: when there is nothing to measure on.
     """
-    with preserve_rng():
+    # The module's transfer hooks run here, and its own augmentation: with a fixed seed, and forgotten afterwards.
+    with undisturbed(pl_module, mode="as_is", **live_optimizers(pl_module)):
         if data is not None:
-            data = data(trainer, pl_module) if callable(data) else data
-            return _transferred(trainer, pl_module, _from_user(data, num_samples)), "given"
+            data = data(trainer, pl_module) if _is_function(data) else data
+            with _untouched(data):
+                return _transferred(trainer, pl_module, _from_user(data, num_samples)), "given"
         loader = _single_loader(trainer)
         if loader is not None:
-            with _generators_kept(loader.dataset):
+            with _untouched(loader.dataset, loader.collate_fn, getattr(trainer, "datamodule", None)):
                 indices = getattr(loader.sampler, "indices", None)  # of a SubsetRandomSampler: the rest is held out
                 batches = list(_spread(loader.dataset, num_samples, loader.collate_fn, loader.batch_size, indices))
-            if batches:
-                return _transferred(trainer, pl_module, batches), "training dataset"
+                if batches:
+                    return _transferred(trainer, pl_module, batches), "training dataset"
         if first_batch is None:
             raise MeasurementError("No probe data: the training loader gave no batch; pass data= to the monitor.")
         return [clone_batch(first_batch)], "first batch"
+
+
+def _is_function(data: Any) -> bool:
+    """Whether the data have to be asked for; a batch that happens to be callable is still a batch."""
+    return callable(data) and not isinstance(data, Tensor | Mapping | Dataset | Iterable)
 
 
 def _single_loader(trainer: Any) -> DataLoader[Any] | None:
@@ -87,9 +92,9 @@ def _from_user(data: Any, num_samples: int) -> list[Any]:
         return list(_until(iter(data), num_samples))
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         return list(_spread(data, num_samples))
-    if isinstance(data, Tensor | Mapping) or (isinstance(data, tuple | list) and data and isinstance(data[0], Tensor)):
+    if isinstance(data, Tensor | Mapping | tuple) or (isinstance(data, list) and data and isinstance(data[0], Tensor)):
         return [clone_batch(data)]
-    if isinstance(data, Iterable):
+    if isinstance(data, Iterable) and not is_dataclass(data):
         return list(_until(iter(data), num_samples))
     return [clone_batch(data)]
 
@@ -106,12 +111,15 @@ def _until(batches: Iterator[Any], num_samples: int) -> Iterator[Any]:
 def _transferred(trainer: Any, pl_module: Any, batches: list[Any]) -> list[Any]:
     """The way that Lightning sends a training batch: precision, hooks, device."""
     if not batches:
-        raise MeasurementError("The probe data holds no batch; pass a batch, or a non-empty dataset or loader, as data=.")
+        raise MeasurementError(
+            "The probe data holds no batch; pass a batch, or a non-empty dataset or loader, as data=. "
+            "An iterator can be used only once; pass what makes it."
+        )
     strategy = trainer.strategy
     convert = getattr(getattr(strategy, "precision_plugin", None), "convert_input", None)
     out = []
     for batch in batches:
-        batch = map_tensors(batch, lambda tensor: tensor)
+        batch = clone_batch(batch)
         if convert is not None:
             batch = convert(batch)
         batch = _hook_owner(trainer, pl_module).on_before_batch_transfer(batch, 0)
@@ -128,36 +136,16 @@ def _hook_owner(trainer: Any, pl_module: Any) -> Any:
 
 
 @contextmanager
-def _generators_kept(dataset: Any) -> Iterator[None]:
-    """Put back random generators that a dataset keeps for itself (augmentation)."""
-    kept: list[tuple[Callable[[Any], Any], Any]] = []
-    _note_generators(dataset, kept, set())
+def _untouched(*owners: Any) -> Iterator[None]:
+    """Put back what fetching samples may change: random generators that data keep, and attributes such as counters."""
+    held = held_by(*owners)
+    states = [state for state in map(generator_state, held) if state is not None]
+    attributes = [(value, dict(vars(value))) for value in held if isinstance(value, Dataset)]
     try:
         yield
     finally:
-        for restore, state in kept:
-            restore(state)
-
-
-def _note_generators(owner: Any, kept: list[tuple[Callable[[Any], Any], Any]], seen: set[int]) -> None:
-    if id(owner) in seen or not hasattr(owner, "__dict__"):
-        return
-    seen.add(id(owner))
-    for value in list(vars(owner).values()):
-        if isinstance(value, torch.Generator):
-            kept.append((value.set_state, value.get_state()))
-        elif isinstance(value, random.Random):
-            kept.append((value.setstate, value.getstate()))
-        elif isinstance(value, np.random.RandomState):
-            kept.append((value.set_state, value.get_state()))
-        elif isinstance(value, np.random.Generator):
-            bits = value.bit_generator
-            kept.append((partial(setattr, bits, "state"), bits.state))
-        elif isinstance(value, list | tuple):
-            for item in value[:MANY]:
-                _note_generators(item, kept, seen)
-        elif isinstance(value, Dataset) or type(value).__module__.partition(".")[0] not in _OPAQUE:
-            _note_generators(value, kept, seen)
-
-
-_OPAQUE = ("builtins", "torch", "numpy", "pandas", "PIL", "lightning", "pytorch_lightning")
+        for state in states:
+            state()
+        for dataset, before in attributes:
+            vars(dataset).clear()
+            vars(dataset).update(before)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def map_tensors(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply a function to every tensor of a nested batch; containers are made anew, what else there is is deep-copied."""
+    """Apply a function to every tensor of a nested batch; containers are made anew, all else is deep-copied."""
     if isinstance(batch, Tensor):
         return function(batch)
     if isinstance(batch, Mapping):

@@ -21,12 +21,12 @@ class HiddenLayer:
     """Where to tap a hidden activation.
 
     Attributes:
-        name: the name in logs: the module's own, or ``"<module>.input"`` when no module made the activation (a functional
-            ReLU, say) and it is taken where the next weight reads it.
+        name: the name in logs: the module's own, or ``"<module>.input"`` when no module made the activation (a
+            functional ReLU, say) and it is taken where the next weight reads it.
         module: name of the module to hook.
         at_input: whether the activation is the module's input, not its output.
-        channel_dim: which dimension holds the features: 1 for convolutions, -1 for vectors and sequences, None when only
-            the number of dimensions can tell.
+        channel_dim: which dimension holds the features: 1 for convolutions, -1 for vectors and sequences, None when
+            only the number of dimensions can tell.
     """
 
     name: str
@@ -190,8 +190,11 @@ class _Recorder:
     """Watches one forward pass: who made each tensor, which weights read which tensors, in which order."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.names = {child: name for name, child in module.named_modules() if name}
-        self.weighted = {child for child in self.names if any(isinstance(part, WEIGHTS) for part in child.modules())}
+        children = {name: child for name, child in module.named_modules() if name}
+        self.names = {id(child): name for name, child in children.items()}  # a torchmetrics Metric changes its hash
+        self.weighted = {
+            n for n, child in children.items() if any(isinstance(part, WEIGHTS) for part in child.modules())
+        }
         self.blocks = _blocks(module)
         self.makers: dict[int, _Made] = {}  # by id of the tensor
         self.calls: dict[str, list[_Made]] = {}  # by name of the module
@@ -200,11 +203,11 @@ class _Recorder:
         self.found: dict[tuple[str, str], HiddenLayer] = {}  # by maker and reader
         self.pending: dict[tuple[str, str], HiddenLayer] = {}
         self.inside = 0
-        self.handles = [child.register_forward_pre_hook(self._enter, with_kwargs=True) for child in self.names]
-        self.handles += [child.register_forward_hook(self._leave, always_call=True) for child in self.names]
+        self.handles = [child.register_forward_pre_hook(self._enter, with_kwargs=True) for child in children.values()]
+        self.handles += [child.register_forward_hook(self._leave, always_call=True) for child in children.values()]
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        name = self.names[module]
+        name = self.names[id(module)]
         if isinstance(module, WEIGHTS):
             self._weight_reads(module, first_tensor(args if args else kwargs))
         if name in self.blocks:
@@ -215,7 +218,7 @@ class _Recorder:
         self.pending.clear()
         if self.inside or tensor is None or not self._is_hidden(tensor):
             return
-        name = self.names[module]
+        name = self.names[id(module)]
         channel_dim = 1 if isinstance(module, CONVOLUTIONS) else -1
         made = self.makers.get(id(tensor))
         if made is None or made.version != _version(tensor):  # made, or changed in place since, by no module
@@ -228,7 +231,9 @@ class _Recorder:
         """What was found, in the order of the reads; of a module that serves in several places, where it is read."""
         out: dict[str, HiddenLayer] = {}
         for (maker, reader), layer in self.found.items():
-            shared = len({frozenset(call.readers) for call in self.calls.get(maker, []) if maker not in self.blocks}) > 1
+            readers = {frozenset(call.readers) for call in self.calls.get(maker, [])}
+            # One that reads its own output is recurrent, not shared.
+            shared = len(readers) > 1 and maker not in self.blocks and not any(maker in names for names in readers)
             chosen = _input_of(reader, layer.channel_dim) if shared else layer
             out.setdefault(chosen.name, chosen)
         return list(out.values())
@@ -238,7 +243,7 @@ class _Recorder:
         return tensor.requires_grad or tensor.data_ptr() in self.learned
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        name = self.names[module]
+        name = self.names[id(module)]
         if name in self.blocks:
             self.inside -= 1
         tensor = first_tensor(output)
@@ -246,7 +251,7 @@ class _Recorder:
             return
         self.keep.append(tensor)
         source = first_tensor(args)
-        if module in self.weighted or (source is not None and self._is_hidden(source)):
+        if name in self.weighted or (source is not None and self._is_hidden(source)):
             self.learned.add(tensor.data_ptr())
         made = _Made(name, _version(tensor))
         if name in self.blocks:  # a block speaks for its inside
@@ -298,8 +303,9 @@ def _blocks(module: nn.Module) -> set[str]:
 def find_hidden_layers(module: nn.Module, run: Callable[[], object]) -> list[HiddenLayer]:
     """Hidden activations that feed a later weight; for containers of blocks, the outputs of the blocks.
 
-    The network is run once and watched. Activations made by a module (``nn.ReLU``) are named after it, others after the
-    weight that reads them. Call it under ``undisturbed``, since it needs gradients switched on for all parameters.
+    The network is run once and watched. Activations made by a module (``nn.ReLU``) are named after it, others after
+    the weight that reads them; so are those of one module that serves several places. Call it under
+    ``undisturbed``, since it needs gradients switched on for all parameters.
 
     Args:
         module: the network.

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
-from types import FunctionType, MethodType
+from types import BuiltinMethodType, FunctionType, MethodType
 from typing import Any
 
 import numpy as np
@@ -34,31 +34,17 @@ def generator_state(value: Any) -> Callable[[], object] | None:
     return None
 
 
-def generator_states(*owners: Any) -> Callable[[], None]:
-    """Note all generators that the owners hold, also inside transforms, wrapped datasets and closures.
-
-    Returns:
-        What puts them all back.
-    """
-    states: list[Callable[[], object]] = []
+def held_by(*owners: Any) -> list[Any]:
+    """The owners and what they hold, also inside transforms, wrapped datasets and closures, each once."""
     seen: dict[int, Any] = {}
     waiting = list(owners)
     while waiting:
         value = waiting.pop()
-        if id(value) in seen:
-            continue
-        seen[id(value)] = value
-        state = generator_state(value)
-        if state is None:
-            waiting.extend(_parts(value))
-        else:
-            states.append(state)
-
-    def restore() -> None:
-        for state in states:
-            state()
-
-    return restore
+        if id(value) not in seen:
+            seen[id(value)] = value
+            if generator_state(value) is None:
+                waiting.extend(_parts(value))
+    return list(seen.values())
 
 
 def _parts(value: Any) -> Iterator[Any]:
@@ -69,7 +55,7 @@ def _parts(value: Any) -> Iterator[Any]:
         yield from islice(value, MANY)
     elif isinstance(value, partial):
         yield from (value.func, value.args, value.keywords)
-    elif isinstance(value, MethodType):
+    elif isinstance(value, MethodType | BuiltinMethodType):
         yield value.__self__
     elif isinstance(value, FunctionType):
         for cell in value.__closure__ or ():

@@ -2,8 +2,8 @@
 
 What is covered: parameters and buffers (also when moved through ``.data`` or replaced), ``.grad``, ``requires_grad``,
 train/eval flags, every attribute of every submodule, the contents of lists, dicts, sets and deques among them, the
-values of tensors and NumPy arrays kept there (torchmetrics states are such tensors), random generators, and modules kept
-in plain containers. Not covered: the inside of other objects that a module refers to.
+values of tensors and NumPy arrays kept there (torchmetrics states are such tensors), random generators, and modules in
+plain containers. Not covered: the inside of other objects that a module refers to.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lightning_plasticity.nn.generators import generator_state
 
@@ -65,7 +66,7 @@ class Snapshot:
             self._generators.append(state)
 
     def _remember_tensor(self, tensor: Tensor) -> None:
-        if id(tensor) in self._tensors or isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+        if id(tensor) in self._tensors or is_lazy(tensor):
             return
         alias = tensor.detach() if _is_sparse(tensor) else tensor.data
         self._tensors[id(tensor)] = (tensor, alias, alias.clone())

@@ -65,8 +65,8 @@ def undisturbed(
 
     Args:
         module: the user's module, run as it is (never copied).
-        mode: ``"frozen"`` switches off BatchNorm updates and dropout, by layer type; ``"as_is"`` keeps what the optimizer
-            sees; ``"eval"`` is ``module.eval()``, which also switches code that asks ``self.training``.
+        mode: ``"frozen"`` switches off BatchNorm updates and dropout, by layer type; ``"as_is"`` keeps what the
+            optimizer sees; ``"eval"`` is ``module.eval()``, which also switches code that asks ``self.training``.
         seed: of the random state inside; the same seed gives the same dropout masks and samples.
         optimizers: the live optimizers of a manually optimised module.
         schedulers: their learning-rate schedulers.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_plasticity.regularization.base import Regularizer, check_strength
 
@@ -38,6 +38,11 @@ class L2(Regularizer):
 
     def add_gradient(self, parameters: Iterable[nn.Parameter]) -> None:
         """Add to the gradients that exist; a parameter without one is not updated, so it does not decay either."""
-        pairs = [(p.grad, p.detach()) for p in parameters if p.grad is not None and not p.grad.is_sparse]
-        if self.strength and pairs:
-            torch._foreach_add_([grad for grad, _ in pairs], [value for _, value in pairs], alpha=self.strength)
+        if not self.strength:
+            return
+        pairs: list[tuple[Tensor, Tensor]] = [
+            (p.grad, p) for p in parameters if p.grad is not None and not p.grad.is_sparse
+        ]
+        if pairs:
+            with torch.no_grad():
+                torch._foreach_add_([grad for grad, _ in pairs], [value for _, value in pairs], alpha=self.strength)

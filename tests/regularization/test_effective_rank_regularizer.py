@@ -40,14 +40,14 @@ def test_separate_step_is_a_plain_gradient_step_and_raises_the_rank() -> None:
         for parameter, gradient in zip(expected.parameters(), gradients, strict=True):
             if gradient is not None:
                 parameter += 0.01 * gradient
-    before = float(mean_rank(net, x))
+    before = mean_rank(net, x).item()
     engine = RegularizationEngine([EffectiveRank(0.01)])
     engine.separate_steps(net, [x[:10], x[10:]], net)
     # Both in float64; the features have full rank and no clustered singular values.
     torch.testing.assert_close(weights(net), weights(expected), rtol=1e-10, atol=1e-12)
     assert gradients[-1] is None  # the output layer is not moved
     squared = sum(float(g.square().sum()) for g in gradients if g is not None)
-    assert float(mean_rank(net, x)) - before == pytest.approx(0.01 * squared, rel=0.1)  # first order in the step
+    assert mean_rank(net, x).item() - before == pytest.approx(0.01 * squared, rel=0.1)  # first order in the step
 
 
 def test_penalty_has_the_gradient_of_loss_minus_strength_times_rank() -> None:
@@ -64,6 +64,22 @@ def test_penalty_has_the_gradient_of_loss_minus_strength_times_rank() -> None:
     torch.testing.assert_close(ours + penalty, loss, rtol=1e-12, atol=0)
     for own, other in zip(net.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(own.grad, other.grad, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("strength", "mode", "needs_features", "takes_steps"),
+    [
+        (0.0, "loss", False, False),
+        (0.1, "loss", True, False),
+        (0.0, "separate", False, False),
+        (0.1, "separate", False, True),
+    ],
+)
+def test_work_is_asked_for_only_where_there_is_some(
+    strength: float, mode: Any, needs_features: bool, takes_steps: bool
+) -> None:
+    regularizer = EffectiveRank(strength, mode=mode)
+    assert (regularizer.needs_features, regularizer.takes_steps) == (needs_features, takes_steps)
 
 
 def test_penalty_acts_on_steps_0_n_2n() -> None:

@@ -1,0 +1,280 @@
+"""What monitors measure, log, write and remember: the right numbers, under the documented keys, at every boundary."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import Classifier, data, loader, mlp, monitors, trainer
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+from lightning_plasticity import (
+    EveryNSteps,
+    FeatureRankMonitor,
+    HessianSpectrumMonitor,
+    Spectrum,
+    TaskTracker,
+    linalg,
+    read_records,
+)
+from lightning_plasticity.callbacks.arguments import decimal
+from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement
+from lightning_plasticity.curvature import ggn_spectrum, hessian_spectrum, ntk_spectrum
+
+pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty:UserWarning")
+
+KEY = "plasticity/ggn/eps_rank_0.01"
+
+
+def fit(callbacks: list[Any], tasks: int = 2, module: Any = None, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    module = Classifier(mlp()) if module is None else module
+    for task in range(tasks):
+        trainer(callbacks, **settings).fit(module, loader(task))
+    return module
+
+
+def both(**settings: Any) -> tuple[HessianSpectrumMonitor, FeatureRankMonitor]:
+    first, second = monitors(**settings)
+    assert isinstance(first, HessianSpectrumMonitor)
+    assert isinstance(second, FeatureRankMonitor)
+    return first, second
+
+
+def boundaries(monitor: Any) -> list[tuple[int, str, int]]:
+    return [(record.task, record.phase, record.step) for record in monitor.records]
+
+
+# ---- keys ----------------------------------------------------------------------------------------------------------
+
+
+def documented(monitor: Any, layers: tuple[str, ...], weights: tuple[str, ...]) -> set[str]:
+    """The keys that the docstring promises, its placeholders filled in."""
+    keys: set[str] = set()
+    for line in re.findall(r"^    - (?!histograms)(.*)", type(monitor).__doc__, flags=re.MULTILINE):
+        names = re.findall(r"``([^`]*)``", line.partition(":")[0])
+        base = names[0].rpartition("/")[0]
+        keys |= {name if "/" in name else f"{base}/{name}" for name in names}
+        keys |= set(re.findall(r"``(plasticity/[^`]*)``", line))
+    found: set[str] = set()
+    for key in keys:
+        filled = {key.replace("/m/", f"/{m}/") for m in ("ggn", "hessian", "ntk")}
+        if "eps_rank" in key:
+            eps = monitor.relative_eps if "relative" in key else monitor.eps
+            filled = {f.replace("<eps>", decimal(e)) for f in filled for e in eps}
+        if "<tau>" in key:
+            filled = {f.replace("<tau>", decimal(t)) for f in filled for t in monitor.dormant_tau}
+        own = weights if "weights" in key else layers
+        found |= {f.replace("<layer>", layer) for f in filled for layer in own}
+        if "features" in key:  # and the mean over layers
+            found |= {f.removesuffix("/<layer>") for f in filled}
+    return {k for k in found if "negative_fraction" not in k or "hessian" in k}
+
+
+def test_logged_keys_are_exactly_the_documented_ones(tmp_path: Path) -> None:
+    for one in both(save_dir=str(tmp_path)):
+        module = fit([one], 1)
+        weights = tuple(name.removesuffix(".weight") for name, p in module.named_parameters() if p.ndim == 2)
+        expected = documented(one, ("net.1", "net.3"), weights)
+        start, end = one.records
+        assert set(start.values) | {"plasticity/task"} == expected
+        assert set(end.values) == set(start.values)
+        assert len(expected) > 15
+        assert all(re.fullmatch(r"[A-Za-z0-9_./]+", key) for key in expected)
+
+
+# ---- records and files ---------------------------------------------------------------------------------------------
+
+
+def test_records_in_memory_are_those_on_disk(tmp_path: Path) -> None:
+    hessian, features = both(save_dir=str(tmp_path))
+    fit([hessian, features], 3)
+    assert boundaries(hessian) == boundaries(features)
+    assert boundaries(hessian) == [(t, p, 3 * (t + (p == "end"))) for t in range(3) for p in ("start", "end")]
+    found = read_records(tmp_path)
+    assert [r for r in found if r.monitor == "HessianSpectrumMonitor"] == hessian.records
+    assert [r for r in found if r.monitor == "FeatureRankMonitor"] == features.records
+    assert read_records(tmp_path / "plasticity.jsonl") == found
+    for record in hessian.records:
+        for matrix, name in record.spectra.items():
+            spectrum = Spectrum.load(tmp_path / name)
+            assert spectrum.matrix == matrix
+            assert spectrum.epsilon_rank(0.01) == record.values[f"plasticity/{matrix}/eps_rank_0.01"]
+    assert len(list((tmp_path / "spectra").iterdir())) == 18
+
+
+def test_two_monitors_of_one_class_in_one_directory(tmp_path: Path) -> None:
+    pair = [
+        HessianSpectrumMonitor(("ggn",), mode="frozen", save_dir=str(tmp_path)),
+        HessianSpectrumMonitor(("ggn",), mode="eval", save_dir=str(tmp_path)),
+    ]
+    fit(pair, 1)
+    assert [record for monitor in pair for record in monitor.records] == sorted(
+        read_records(tmp_path), key=lambda record: record.settings["mode"] == "eval"
+    )
+    assert len({name for monitor in pair for record in monitor.records for name in record.spectra.values()}) == 4
+
+
+def test_a_line_cut_short_costs_only_itself(tmp_path: Path) -> None:
+    hessian, _ = both(save_dir=str(tmp_path), when="start")
+    fit([hessian], 1)
+    file = tmp_path / "plasticity.jsonl"
+    file.write_text(file.read_text() + '{"monitor": "Hess')
+    fit([hessian], 1)
+    assert read_records(tmp_path) == hessian.records
+    assert len(hessian.records) == 2
+    with pytest.raises(FileNotFoundError, match=r"No plasticity.jsonl at .*pass a run's log directory"):
+        read_records(tmp_path / "nowhere")
+
+
+def test_without_a_logger_nothing_is_written(scratch_directory: Path) -> None:
+    pair = both()
+    fit([*pair])
+    assert [len(monitor.records) for monitor in pair] == [4, 4]
+    assert list(scratch_directory.iterdir()) == []
+
+
+def test_every_n_tasks_and_when() -> None:
+    hessian, features = both(every_n_tasks=2)
+    only_end = HessianSpectrumMonitor(("ggn",), when="end", eps=(0.5,))
+    fit([hessian, features, only_end], 3)
+    assert [r[:2] for r in boundaries(hessian)] == [(0, "start"), (0, "end"), (2, "start"), (2, "end")]
+    assert boundaries(features) == boundaries(hessian)
+    assert [r[:2] for r in boundaries(only_end)] == [(0, "end"), (1, "end"), (2, "end")]
+
+
+def test_monitors_share_one_tracker_also_the_users() -> None:
+    hessian, features = both(when="start")
+    mine = TaskTracker(EveryNSteps(2))
+    run = trainer([hessian, features, mine], max_epochs=2)
+    run.fit(Classifier(mlp()), loader())
+    assert [c for c in run.callbacks if isinstance(c, TaskTracker)] == [mine]  # type: ignore[attr-defined]
+    assert boundaries(hessian) == boundaries(features) == [(k, "start", 2 * k) for k in range(3)]
+    run = trainer(list(both()))
+    run.fit(Classifier(mlp()), loader())
+    assert sum(isinstance(c, TaskTracker) for c in run.callbacks) == 1  # type: ignore[attr-defined]
+
+
+# ---- probe data ----------------------------------------------------------------------------------------------------
+
+
+class Noting(BoundaryMonitor):
+    """Keeps the samples that it is asked to measure on."""
+
+    def __init__(self, given: Any = None, samples: int = 6, when: Any = ("start", "end")) -> None:
+        super().__init__(samples, when, 1, given, "raise", None)
+        self.seen: list[Any] = []
+
+    def measure(self, trainer: Any, pl_module: Any, batches: list[Any], phase: Any) -> Any:
+        self.seen.append([tuple(batch) for batch in batches])
+        return Measurement()
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return zip(*data(0), strict=True)
+
+
+X, Y = data(7)
+SOURCES: dict[str, tuple[Any, Any]] = {
+    "batch": ((X, Y), X),
+    "list batch": ([X, Y], X),
+    "dataset": (TensorDataset(X, Y), X[::2]),
+    "loader": (DataLoader(TensorDataset(X, Y), batch_size=4), X[:8]),
+    "list of batches": ([(X[:4], Y[:4]), (X[4:9], Y[4:9])], X[:9]),
+    "callable": (lambda trainer, module: (X + module.net[0].weight.detach()[0, 0] * 0, Y), X),
+    "callable loader": (lambda trainer, module: loader(7), X[:8]),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_given_probe_data(name: str) -> None:
+    given, expected = SOURCES[name]
+    noting = Noting(given)
+    fit([noting], 1)
+    for seen in noting.seen:
+        assert torch.equal(torch.cat([x for x, _ in seen]), expected)
+    assert [record.settings["data"] for record in noting.records] == ["given", "given"]
+
+
+@pytest.mark.parametrize("when", ["start", "end", ("start", "end")])
+def test_the_tasks_own_data_the_same_at_start_and_end(when: Any) -> None:
+    noting, streaming = Noting(when=when), Noting(when=when)
+    torch.manual_seed(0)
+    module = Classifier(mlp())
+    for task in range(2):
+        trainer([noting]).fit(module, loader(task, shuffle=True))
+        trainer([streaming]).fit(module, DataLoader(Stream(), batch_size=4))
+    times = 1 if isinstance(when, str) else 2
+    for task in range(2):
+        for seen in noting.seen[task * times : (task + 1) * times]:
+            assert torch.equal(torch.cat([x for x, _ in seen]), data(task)[0][::2])
+    assert [record.settings["data"] for record in noting.records] == ["training dataset"] * 2 * times
+    for seen in streaming.seen:
+        assert torch.equal(seen[0][0], data(0)[0][:4])
+    assert [record.settings["data"] for record in streaming.records] == ["first batch"] * 2 * times
+
+
+# ---- values --------------------------------------------------------------------------------------------------------
+
+
+def test_values_are_those_of_the_functions_and_of_brute_force() -> None:
+    x, y = data(3, 8)
+    x = x.double()
+    settings: Any = {"data": (x, y), "when": "start", "on_error": "raise"}
+    hessian = HessianSpectrumMonitor(("ggn", "hessian", "ntk"), **settings)
+    features = FeatureRankMonitor(**settings)
+    torch.manual_seed(1)
+    module = Classifier(mlp(), lr=0.0)
+    trainer([hessian, features], precision="64-true").fit(module, loader())
+    found = hessian.records[0].values
+    functions = {"ggn": ggn_spectrum, "hessian": hessian_spectrum, "ntk": ntk_spectrum}
+    for name, function in functions.items():
+        spectrum = function(module.net, F.cross_entropy, (x, y))
+        for eps in (1e-3, 1e-2, 1e-1):
+            key = f"plasticity/{name}/eps_rank_{decimal(eps)}"
+            assert found[key].value == spectrum.epsilon_rank(eps).value
+        assert found[f"plasticity/{name}/lambda_max"].value == pytest.approx(spectrum.lambda_max().value, rel=1e-9)
+    assert found[KEY].value == float((brute_force_ggn(module.net, x) > 0.01).sum())
+    assert 0 < found[KEY].value < 16
+    check_features(features.records[0].values, module.net, x)
+
+
+def brute_force_ggn(net: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    total: Any = 0
+    for sample in x:
+        out = net(sample[None])[0]
+        rows = [torch.autograd.grad(o, list(net.parameters()), retain_graph=True) for o in out]
+        jacobian = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+        p = out.detach().softmax(0)
+        total = total + jacobian.T @ (torch.diag(p) - torch.outer(p, p)) @ jacobian / len(x)
+    return torch.linalg.eigvalsh(total)
+
+
+def check_features(values: Any, net: Any, x: torch.Tensor) -> None:
+    hidden = {"net.1": net[:2](x).detach(), "net.3": net[:4](x).detach()}
+    functions: dict[str, Callable[[torch.Tensor], Any]] = {
+        "effective_rank": linalg.effective_rank,
+        "stable_rank": lambda f: linalg.stable_rank_of(linalg.singular_values(f)),
+        "srank": linalg.srank,
+        "approximate_rank": linalg.approximate_rank,
+        "feature_rank": linalg.feature_rank,
+        "max_rank": lambda f: min(f.shape),
+        "dead_units": lambda f: (f == 0).all(0).double().mean(),
+        "dormant_units_0.1": lambda f: (f.abs().mean(0) <= 0.1 * f.abs().mean()).double().mean(),
+    }
+    for name, function in functions.items():
+        each = {layer: float(function(f)) for layer, f in hidden.items()}
+        for layer, value in each.items():
+            assert values[f"plasticity/features/{name}/{layer}"].value == pytest.approx(value, rel=1e-6), name
+        assert values[f"plasticity/features/{name}"].value == pytest.approx(sum(each.values()) / 2, rel=1e-6)
+    norms = {f"net.{k}": float(net[k].weight.detach().norm()) for k in (0, 2, 4)}
+    for layer, norm in norms.items():
+        assert values[f"plasticity/weights/norm/{layer}"].value == pytest.approx(norm)
+    total = sum(norm**2 for norm in norms.values()) ** 0.5
+    assert values["plasticity/weights/norm"].value == pytest.approx(total)
