@@ -22,6 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_plasticity import FeatureRankMonitor, HessianSpectrumMonitor
 
 CLASSES = 3
+Make = Callable[[], L.LightningModule]
 
 
 class Classifier(L.LightningModule):
@@ -193,7 +194,7 @@ def csv_rows(directory: Path) -> list[dict[str, str]]:
 
 
 def fit_tasks(
-    make: Callable[[], L.LightningModule],
+    make: Make,
     tasks: Iterable[Any],
     callbacks: Sequence[L.Callback],
     directory: Path,
@@ -210,9 +211,7 @@ def fit_tasks(
     return outcome(module, witness, last) | {"csv": csv_rows(directory)}
 
 
-def run_tasks(
-    make: Callable[[], L.LightningModule], tasks: list[Any], callbacks: list[Any], **settings: Any
-) -> tuple[dict[str, Any], list[str]]:
+def run_tasks(make: Make, tasks: list[Any], callbacks: list[Any], **settings: Any) -> tuple[dict[str, Any], list[str]]:
     """The outcome, and the warnings of the monitors."""
     torch.manual_seed(0)
     random.seed(0)
@@ -225,9 +224,7 @@ def run_tasks(
     return outcome(module, witness, last), [str(w.message) for w in caught if "Monitor" in str(w.message)]
 
 
-def same_with(
-    make: Callable[[], L.LightningModule], tasks: Callable[[], list[Any]], pair: list[Any], **settings: Any
-) -> list[str]:
+def same_with(make: Make, tasks: Callable[[], list[Any]], pair: list[Any], **settings: Any) -> list[str]:
     """Run with and without; the outcomes are equal. Returns the warnings."""
     plain, _ = run_tasks(make, tasks(), [], **settings)
     watched, told = run_tasks(make, tasks(), pair, **settings)

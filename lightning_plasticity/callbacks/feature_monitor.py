@@ -161,12 +161,12 @@ class FeatureRankMonitor(BoundaryMonitor):
             measurement.histograms[key] = (sigma, torch.ones_like(sigma))
         if not statistics:
             measurement.failures["features"] = "No hidden layer was found; name some with layers=[...]."
-        for name, numbers in found.items():
-            for key, number in numbers.items():
+        for name, own in found.items():
+            for key, number in own.items():
                 measurement.values[f"plasticity/features/{key}/{_tag(name)}"] = Estimate.exactly(number)
         if found:
             for key in next(iter(found.values())):
-                mean = sum(numbers[key] for numbers in found.values()) / len(found)
+                mean = sum(own[key] for own in found.values()) / len(found)
                 measurement.values[f"plasticity/features/{key}"] = Estimate.exactly(mean)
             measurement.settings["num_samples"] = {name: statistics[name].num_samples for name in found}
 

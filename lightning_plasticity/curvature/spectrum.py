@@ -50,7 +50,7 @@ class Spectrum:
     Example:
         >>> import torch
         >>> from lightning_plasticity import Spectrum
-        >>> spectrum = Spectrum.from_eigenvalues(torch.tensor([2.0, 0.5, -0.1]), num_params=10)
+        >>> spectrum = Spectrum.from_eigenvalues(torch.tensor([2.0, 0.5, -0.1], dtype=torch.float64), num_params=10)
         >>> spectrum.epsilon_rank(0.2)
         Estimate(value=2.0, lower=2.0, upper=2.0)
         >>> spectrum.trace().value

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from runs import Classifier, loader, mlp, monitors, run_tasks, same_with, trainer
+from runs import Classifier, Make, loader, mlp, monitors, run_tasks, same_with, trainer
 from states import changed, state
 from torch import nn
 from torch.nn import functional as F
@@ -17,8 +17,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plasticity import EveryNSteps, FeatureRankMonitor, HessianSpectrumMonitor, TaskTracker
 from lightning_plasticity.curvature import MeasurementError
-
-Make = Callable[[], L.LightningModule]
 
 
 def two() -> list[Any]:

@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from runs import (
     NETWORKS,
     Classifier,
+    Make,
     Manual,
     Validated,
     Witness,
@@ -35,8 +36,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty:UserWarning"),
 ]
-
-Make = Callable[[], L.LightningModule]
 
 
 def assert_same_with_monitors(
