@@ -17,6 +17,17 @@ from lightning_plasticity.curvature import Spectrum
 Loss = Callable[[Any, Any], Tensor]
 
 
+class Apply(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 def mlp(*sizes: int, activation: type[nn.Module] = nn.Tanh, seed: int = 0) -> nn.Sequential:
     """A float64 multilayer perceptron with weights of its own seed."""
     with torch.random.fork_rng():

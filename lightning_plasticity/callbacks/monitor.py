@@ -96,8 +96,6 @@ class BoundaryMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the Trainer's task tracker, or give it one; an evaluation may load one from a checkpoint."""
         self._tracker = TaskTracker.attach(trainer, self._tracker)
-        if stage == "fit":
-            self._probe, self._probed_task = None, None
 
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
         """Measure the old weights on the new task's data."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from functools import partial, update_wrapper
 from inspect import signature, unwrap
 from typing import Any, Literal
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from lightning_plasticity.callbacks.live import live_optimizers
 from lightning_plasticity.curvature import LossClosure
-from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.nn import is_measuring
 from lightning_plasticity.nn.batches import clone_batch
 from lightning_plasticity.nn.snapshot import shadow_method
@@ -211,8 +209,7 @@ def penalised(
 
 def run_step(pl_module: LightningModule, batch: Any) -> None:
     """Run the module's training step for its activations; whether it returns a loss does not matter."""
-    with suppress(MeasurementError):
-        LossClosure(pl_module).run(batch)
+    LossClosure(pl_module).run(batch)
 
 
 def with_penalty(returned: Any, penalty: Tensor) -> Any:

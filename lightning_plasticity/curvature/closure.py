@@ -74,29 +74,33 @@ class LossClosure:
         return Evaluation(loss, num_samples, output_loss, note)
 
     def run(self, batch: Any, index: int = 0) -> None:
-        """Only run the forward pass, for those who watch its activations; any loss will do."""
-        self._loss(batch, index)
+        """Only run the forward pass, for those who watch its activations; any loss will do, or none."""
+        self._run(batch, index)
 
     def _loss(self, batch: Any, index: int) -> Tensor:
+        returned, source = self._run(batch, index)
+        if self._collected:
+            return torch.stack([loss.reshape(()) for loss in self._collected]).sum()
+        return _as_loss(returned, source)
+
+    def _run(self, batch: Any, index: int) -> tuple[Any, str]:
+        """What the preferred source of the loss returned, and its name."""
         self._outputs = None
+        self._collected.clear()
         own_loss: Any = getattr(self.module, "curvature_loss", None)
         if own_loss is not None:
-            return _as_loss(own_loss(batch), "curvature_loss")
+            return own_loss(batch), "curvature_loss"
         if self.loss_fn is not None:
             inputs, targets = as_pair(batch)
             self._outputs = call_model(self.module, inputs)
-            return _as_loss(self.loss_fn(self._outputs, targets), "loss_fn")
+            return self.loss_fn(self._outputs, targets), "loss_fn"
         if not hasattr(self.module, "training_step"):
             raise MeasurementError(
                 f"{type(self.module).__name__} has no training_step; pass loss_fn, e.g. "
                 "torch.nn.functional.cross_entropy."
             )
-        self._collected.clear()
         step: Any = self.module.training_step
-        returned = step(*_step_arguments(step, batch, index))
-        if self._collected:
-            return torch.stack([loss.reshape(()) for loss in self._collected]).sum()
-        return _as_loss(returned, "training_step")
+        return step(*_step_arguments(step, batch, index)), "training_step"
 
     def _plain_outputs(self, batch: Any) -> OutputLoss | None:
         """``loss_fn`` on the module's own outputs; None where it was not what ran, or takes no tensor."""

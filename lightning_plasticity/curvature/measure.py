@@ -27,6 +27,7 @@ METHODS = ("auto", "exact", "lanczos")
 EXACT_LIMIT = 1000  # live coordinates up to which "auto" forms the whole Hessian
 MAX_ROWS = 1500  # rows of the Gram matrix that a default measurement allows: half a second to decompose
 LANCZOS_STEPS = 120
+MAX_BASIS_BYTES = 2**31  # what the Lanczos basis of a measurement may take; with more parameters there are fewer steps
 ROUNDING_MARGIN = 10.0  # products this many times as large as rounding have to be symmetric
 # Rounding of one eigenvalue relative to the largest, by the dtype of the products.
 RESOLUTION = {torch.float64: 1e-13, torch.float32: 1e-6}
@@ -128,7 +129,7 @@ def measure_hessian(
             quadrature = stochastic_lanczos_quadrature(
                 operator.matvec,
                 operator.num_params,
-                num_steps,
+                _affordable_steps(num_steps, operator),
                 generator=generator,
                 mask=live,
                 dtype=operator.dtype,
@@ -145,6 +146,7 @@ def measure_hessian(
     }
     if quadrature is None:
         return Spectrum.from_eigenvalues(values, operator.num_params, **about)
+    about["settings"]["num_steps"] = len(values)
     return Spectrum.from_quadrature(quadrature, operator.num_params, **about)
 
 
@@ -190,6 +192,12 @@ def measure_gram(measured: Measured, matrix: Literal["ggn", "ntk"], *, max_rows:
         resolution=RESOLUTION.get(dtype, 1e-2) * top,
         settings=_gram_settings(gram, measured, dtype, note),
     )
+
+
+def _affordable_steps(num_steps: int, operator: HessianOperator) -> int:
+    """As many of the steps as the basis has room for, but enough for a largest eigenvalue; the record says how many."""
+    room = MAX_BASIS_BYTES // (operator.num_params * operator.dtype.itemsize)
+    return min(num_steps, max(room, 10))
 
 
 def _gram_settings(gram: Gram, measured: Measured, dtype: torch.dtype, note: str) -> dict[str, Any]:

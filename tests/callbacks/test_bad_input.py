@@ -134,6 +134,12 @@ def test_failures_are_recorded_and_told_once(make: Make, tasks: Any, cause: str,
         assert record.settings["data"] == "training dataset"
 
 
+def test_features_need_no_loss() -> None:
+    monitor = FeatureRankMonitor()
+    assert same_with(lambda: Skips(mlp()), two, [monitor]) == []
+    assert failures(monitor) == [None] * 4
+
+
 @pytest.mark.parametrize("make", [broken_weights, lambda: OutOfMemory(mlp())])
 def test_features_fail_alone(make: Make) -> None:
     monitor = FeatureRankMonitor(probe_samples=6)

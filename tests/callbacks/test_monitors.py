@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_plasticity import (
+    EveryNEpochs,
     EveryNSteps,
     FeatureRankMonitor,
     HessianSpectrumMonitor,
@@ -218,6 +219,15 @@ def test_the_tasks_own_data_the_same_at_start_and_end(when: Any) -> None:
     for seen in streaming.seen:
         assert torch.equal(seen[0][0], data(0)[0][:4])
     assert [record.settings["data"] for record in streaming.records] == ["first batch"] * 2 * times
+
+
+def test_a_task_over_two_fits_ends_on_the_samples_that_it_began_with() -> None:
+    noting, tracker = Noting(), TaskTracker(EveryNEpochs(2))
+    module = Classifier(mlp())
+    for part in range(2):
+        trainer([noting, tracker]).fit(module, loader(part))
+    assert [(task, phase) for task, phase, _ in boundaries(noting)] == [(0, "start"), (0, "end")]
+    assert torch.equal(noting.seen[0][0][0], noting.seen[1][0][0])
 
 
 # ---- values --------------------------------------------------------------------------------------------------------

@@ -289,3 +289,10 @@ def test_watching_stops_after_the_call():
     F.cross_entropy(DATA[0], DATA[1].clamp(max=3))
     assert first.loss.item() == pytest.approx(closure(DATA).loss.item())
     assert closure(DATA).output_loss.name == "cross_entropy"
+
+
+def test_run_only_runs():
+    closure = LossClosure(mlp(4, 3), lambda outputs, targets: outputs.sum() * float("nan"))
+    closure.run(DATA)  # any loss will do
+    with pytest.raises(MeasurementError):
+        closure(DATA)

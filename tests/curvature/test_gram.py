@@ -79,6 +79,7 @@ LOSSES = {
     "nll, weights": (lambda o, t: F.nll_loss(torch.log_softmax(o, 1), t, weight=WEIGHTS), LABELS, False),
     "mse": (loss_of(F.mse_loss), REAL, False),
     "mse, sum": (loss_of(F.mse_loss, reduction="sum"), REAL, False),
+    "mse, weights": (loss_of(F.mse_loss, weight=SHARES), REAL, False),
     "bce": (loss_of(F.binary_cross_entropy_with_logits), SHARES, False),
     "bce, options": (
         loss_of(F.binary_cross_entropy_with_logits, pos_weight=2 * WEIGHTS, weight=SHARES + 0.1),

@@ -22,9 +22,11 @@ from torch.nn import functional as F
 
 from lightning_plasticity.curvature import (
     HessianOperator,
+    Measured,
     MeasurementError,
     ggn_spectrum,
     hessian_spectrum,
+    measure_hessian,
     ntk_spectrum,
 )
 
@@ -123,6 +125,22 @@ def test_wrong_double_backward_is_refused(dtype):
     hessian_spectrum(CubeNet(Cube).to(dtype), F.cross_entropy, data)
     with pytest.raises(MeasurementError, match=r"not symmetric .*once_differentiable.*Define curvature_loss"):
         hessian_spectrum(CubeNet(CubeOnce).to(dtype), F.cross_entropy, data)
+    # Also where the outputs are not known, so that rounding cannot be told; and only where it is asked for.
+    net = CubeNet(CubeOnce).to(dtype)
+    with pytest.raises(MeasurementError, match="not symmetric"):
+        hessian_spectrum(Stepping(net), None, data)
+    assert measure_hessian(Measured(net, [data], F.cross_entropy), check_symmetry=False).num_params == 43
+
+
+class Stepping(nn.Module):
+    """A training step of no known loss."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def training_step(self, batch):
+        return self.net(batch[0]).logsumexp(1).mean()
 
 
 def test_dead_units_are_zero_rows():
@@ -236,6 +254,11 @@ def test_what_cannot_be_measured_says_why():
     for function in (hessian_spectrum, ggn_spectrum, ntk_spectrum):
         with pytest.raises(MeasurementError, match="loss on the probe data is nan; look for NaN or inf"):
             function(net, F.cross_entropy, data)
+
+
+def test_no_probe_data():
+    with pytest.raises(MeasurementError, match="There is no probe data"):
+        Measured(mlp(4, 3), [])
 
 
 def test_infinite_curvature_is_refused():

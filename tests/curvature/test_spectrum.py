@@ -221,8 +221,8 @@ def test_frozen_and_compared_by_identity():
 def test_density_integrates_to_one(make):
     spectrum = make()
     spread = float(spectrum.eigenvalues.max() - spectrum.eigenvalues.min())
-    # Ten standard deviations on either side and a few hundred points in each: no error but rounding.
-    grid = torch.linspace(float(spectrum.eigenvalues.min()) - 3, float(spectrum.eigenvalues.max()) + 3, 400_001)
+    # More than ten standard deviations on either side and ten points or more in each: no error but rounding.
+    grid = torch.linspace(float(spectrum.eigenvalues.min()) - 3, float(spectrum.eigenvalues.max()) + 3, 40_001)
     for variance in (1e-5, 1e-3):
         density = spectrum.density(grid, variance)
         assert float(torch.trapezoid(density, grid.double())) == pytest.approx(1, abs=1e-6)
@@ -268,7 +268,7 @@ def test_density_epsilon_rank_warns_where_it_means_nothing():
     narrow = Spectrum.from_eigenvalues(torch.linspace(-1, 1, 100), 100)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert narrow.density_epsilon_rank(0.1) == pytest.approx(narrow.epsilon_rank(0.1).value / 100, abs=0.02)
+        assert narrow.density_epsilon_rank(0.1) == pytest.approx(narrow.epsilon_rank(0.1).value / 100, abs=0.05)
 
 
 def test_density_epsilon_rank_is_not_monotone_and_exceeds_one():

@@ -91,6 +91,14 @@ def test_mass_bounds_hold_without_statistics(seed, num_steps, eps):
         assert masses[values < point - ROUNDING].sum() <= at_most + 1e-9
 
 
+@given(seed=st.integers(0, 200), num_steps=st.integers(2, 12), eps=st.floats(0.02, 0.98))
+def test_mass_bounds_hold_where_both_sides_are_dense(seed, num_steps, eps):
+    # Few steps on an even spectrum: the added nodes at eps and at -eps both carry much of the mass.
+    values = np.linspace(-1, 1, 200)
+    lower, upper = quadrature_of(values, num_steps, seed)._mass_outside(eps)
+    assert lower - 1e-9 <= probe_masses(200, seed)[np.abs(values) > eps].sum() <= upper + 1e-9
+
+
 def test_mass_bounds_tighten_with_steps_and_are_attained():
     # The bounds cannot be loose: they are the extremes over all measures with these moments, so that the Radau rule
     # itself, an admissible measure, attains them. And more moments leave fewer measures.
@@ -219,7 +227,7 @@ def test_low_rank_is_exact():
     assert (below.lower, below.value, below.upper) == (1, 1, 1)
 
 
-def test_zero_matrix_and_size_one():
+def test_zero_matrix_size_one_and_identity():
     zero = quadrature_of(np.zeros(30), 10)
     assert zero.counts.tolist() == [30]
     assert zero.count_above(0.0).value == 0
@@ -227,12 +235,9 @@ def test_zero_matrix_and_size_one():
     one = quadrature_of([-2.0], 10)
     assert one.counts.tolist() == [1]
     assert (one.count_above(1.0).value, one.count_above(2.0).value, one.count_below(0).value) == (1, 0, 1)
-
-
-def test_identity_is_one_multiple_eigenvalue():
-    quadrature = quadrature_of(np.full(40, 3.0), 10)
-    assert quadrature.counts.tolist() == [40]
-    assert (quadrature.count_above(2.0).lower, quadrature.count_above(2.0).upper) == (40, 40)
+    identity = quadrature_of(np.full(40, 3.0), 10)
+    assert identity.counts.tolist() == [40]
+    assert (identity.count_above(2.0).lower, identity.count_above(2.0).upper) == (40, 40)
 
 
 @pytest.mark.parametrize("seed", range(10))
@@ -247,6 +252,33 @@ def test_repeated_eigenvalues_are_not_counted_once(seed):
     # sqrt(2 (1 - r/d) / r) is the standard error of one probe, 18 % at r = 60 of d = 110; four of them.
     assert count.value == pytest.approx(60, rel=0.5)
     assert 25 < count.upper - count.lower < 60
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_repeated_outliers_are_not_counted_once(seed):
+    # Ten outliers, ten times each, above a bulk: the run does not break down, and the outliers converge.
+    values = np.concatenate([np.repeat(2.0 ** np.arange(1, 11), 10), np.linspace(-0.1, 0.1, 400)])
+    quadrature = quadrature_of(values, 40, seed)
+    assert not quadrature.breakdown
+    count = quadrature.count_above(1.0)
+    assert count.lower <= 100 <= count.upper
+    assert count.value == pytest.approx(100, rel=0.5)  # four standard errors of 13 %
+
+
+def test_counts_are_interpolated_by_the_midpoint_rule():
+    # At a node: what lies beyond, and half of its own count. Between nodes on a line in the logarithm, so monotone.
+    quadrature = quadrature_of(HESSIAN_LIKE, 40)
+    magnitudes, free = np.abs(quadrature.nodes), ~quadrature.converged
+    free[magnitudes.argmin()] = False
+    for node in magnitudes[free]:
+        beyond = quadrature.counts[magnitudes > node].sum() + 0.5 * quadrature.counts[magnitudes == node].sum()
+        assert quadrature._interpolated_count(node) == pytest.approx(beyond)
+    first, second = np.sort(magnitudes[free])[:2]
+    middle = quadrature._interpolated_count(np.sqrt(first * second))
+    ends = quadrature._interpolated_count(first), quadrature._interpolated_count(second)
+    assert middle == pytest.approx(sum(ends) / 2)
+    curve = [quadrature._interpolated_count(eps) for eps in np.geomspace(1e-8, 40, 200)]
+    assert (np.diff(curve) <= 1e-9).all()
 
 
 def test_two_multiple_eigenvalues():

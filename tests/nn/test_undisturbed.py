@@ -203,9 +203,11 @@ def test_nan_and_signed_zero_parameters_are_restored_bit_exact() -> None:
     with undisturbed(module), torch.no_grad():
         module.weight.zero_()
     assert bits(module.weight) == before
+    module.bias.data = torch.tensor([0.0, -0.0])
+    before = bits(module.bias)
     with undisturbed(module), torch.no_grad():
-        module.weight[1].neg_()  # changes nothing but the sign of two zeros
-    assert bits(module.weight) == before
+        module.bias.neg_()  # equal to what it was, but for the signs
+    assert bits(module.bias) == before
 
 
 def test_moved_parameters_of_another_type_shape_and_stride() -> None:
