@@ -180,6 +180,7 @@ def outcome(module: L.LightningModule, witness: Witness, last: L.Trainer) -> dic
         "optimizers": witness.optimizers,
         "batches": witness.batches,
         "metrics": metrics,
+        "steps": last.global_step,
         "torch rng": bits(torch.get_rng_state()),
         "python rng": random.getstate(),
         "numpy rng": str(np.random.get_state()),

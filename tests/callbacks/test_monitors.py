@@ -25,6 +25,7 @@ from lightning_plasticity import (
 )
 from lightning_plasticity.callbacks.arguments import decimal
 from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement
+from lightning_plasticity.callbacks.probe_data import probe_batches
 from lightning_plasticity.curvature import ggn_spectrum, hessian_spectrum, ntk_spectrum
 
 pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty:UserWarning")
@@ -221,6 +222,15 @@ def test_the_tasks_own_data_the_same_at_start_and_end(when: Any) -> None:
     assert [record.settings["data"] for record in streaming.records] == ["first batch"] * 2 * times
 
 
+def test_many_samples_come_in_several_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(probe_batches.__globals__, "CHUNK", 5)
+    noting = Noting(samples=9)
+    fit([noting], 1)
+    assert [len(x) for x, _ in noting.seen[0]] == [5, 4]
+    expected = data(0)[0][[k * 12 // 9 for k in range(9)]]
+    assert torch.equal(torch.cat([x for x, _ in noting.seen[0]]), expected)
+
+
 def test_a_task_over_two_fits_ends_on_the_samples_that_it_began_with() -> None:
     noting, tracker = Noting(), TaskTracker(EveryNEpochs(2))
     module = Classifier(mlp())
@@ -228,6 +238,23 @@ def test_a_task_over_two_fits_ends_on_the_samples_that_it_began_with() -> None:
         trainer([noting, tracker]).fit(module, loader(part))
     assert [(task, phase) for task, phase, _ in boundaries(noting)] == [(0, "start"), (0, "end")]
     assert torch.equal(noting.seen[0][0][0], noting.seen[1][0][0])
+
+
+class CutError(Exception):
+    pass
+
+
+def test_after_a_cut_task_the_next_one_has_its_own_samples() -> None:
+    class Cut(Classifier):
+        def on_train_batch_end(self, *args: Any) -> None:
+            raise CutError
+
+    noting = Noting()
+    with pytest.raises(CutError):
+        trainer([noting]).fit(Cut(mlp()), loader(0))
+    trainer([noting]).fit(Classifier(mlp()), loader(1))
+    for seen, task in zip(noting.seen, (0, 1, 1), strict=True):
+        assert torch.equal(seen[0][0], data(task)[0][::2])
 
 
 # ---- values --------------------------------------------------------------------------------------------------------
@@ -288,3 +315,21 @@ def check_features(values: Any, net: Any, x: torch.Tensor) -> None:
         assert values[f"plasticity/weights/norm/{layer}"].value == pytest.approx(norm)
     total = sum(norm**2 for norm in norms.values()) ** 0.5
     assert values["plasticity/weights/norm"].value == pytest.approx(total)
+
+
+def test_a_step_that_changes_its_batch_is_measured_on_the_batch_as_it_was() -> None:
+    class Doubles(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            batch[0].mul_(2.0)
+            return super().training_step(batch, batch_idx)
+
+    def measured(step: type[Classifier], x: torch.Tensor) -> list[Any]:
+        torch.manual_seed(0)
+        pair = both(data=(x, Y[:6]))
+        fit(list(pair), 1, step(mlp(), lr=0.0))
+        return [record.values for monitor in pair for record in monitor.records]
+
+    found = measured(Doubles, X[:6])
+    assert found == measured(Classifier, 2 * X[:6])
+    assert found[0] == found[1]
+    assert found[2] == found[3]
