@@ -168,7 +168,8 @@ def _as_loss(returned: Any, source: str) -> Tensor:
 
 def _check_loss(loss: Tensor) -> None:
     if not bool(torch.isfinite(loss)):
-        raise MeasurementError(f"The loss on the probe data is {float(loss)}; look for NaN or inf in weights and data.")
+        value = float(loss.detach())
+        raise MeasurementError(f"The loss on the probe data is {value}; look for NaN or inf in weights and data.")
     if not loss.requires_grad:
         raise MeasurementError(
             "The loss does not depend on any trainable parameter: all are frozen, or the step computes it under "
