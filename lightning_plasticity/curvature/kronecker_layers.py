@@ -1,0 +1,164 @@
+"""Which layers get Kronecker factors, and the running sums of those factors over batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_plasticity.curvature.errors import MeasurementError
+from lightning_plasticity.curvature.kronecker_block import KroneckerBlock
+from lightning_plasticity.curvature.layers import LayerCall, LayerTaps
+
+ROOT = "root"  # name of the layer when the whole model is one
+
+
+@dataclass(frozen=True)
+class ChosenLayer:
+    """A linear layer or convolution, and which of its parameters count.
+
+    Attributes:
+        name: its name in the model.
+        module: the layer.
+        weight: whether the weight counts.
+        bias: whether the bias counts.
+    """
+
+    name: str
+    module: nn.Module
+    weight: bool
+    bias: bool
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that count."""
+        prefix = "" if self.name == ROOT else f"{self.name}."
+        return tuple(prefix + own for own in ("weight", "bias") if getattr(self, own))
+
+    @property
+    def groups(self) -> int:
+        """Groups of a grouped convolution, else 1."""
+        return int(getattr(self.module, "groups", 1))
+
+    def tensors(self) -> list[nn.Parameter]:
+        """The parameters that count."""
+        module: Any = self.module
+        return [getattr(module, own) for own in ("weight", "bias") if getattr(self, own)]
+
+
+@dataclass
+class FactorSums:
+    """Factors added up over batches.
+
+    Attributes:
+        inputs: (G, D, D) float64 sum of share x A over batches, by layer; G groups.
+        outputs: (G, O, O) float64 sum of share x B.
+        positions: T, of the last batch.
+        skipped: reasons, by layer.
+        num_samples: N.
+        dtype: what the network ran in.
+    """
+
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
+    positions: dict[str, int] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    num_samples: int = 0
+    dtype: torch.dtype = torch.float64
+
+    def add(self, name: str, inputs: Tensor, outputs: Tensor, positions: int, num_samples: int) -> None:
+        """Add one batch's means, weighted by its size; the total is divided out in ``blocks``."""
+        for sums, part in ((self.inputs, inputs), (self.outputs, outputs)):
+            part = part.detach().to("cpu", torch.float64) * num_samples
+            sums[name] = sums[name] + part if name in sums else part
+        self.positions[name] = positions
+
+    def blocks(self, layers: Iterable[ChosenLayer], source: str) -> dict[str, KroneckerBlock]:
+        """The finished blocks, in the order of the layers.
+
+        Raises:
+            MeasurementError: when a factor is not finite.
+        """
+        found = {}
+        for layer in layers:
+            if layer.name in self.skipped or layer.name not in self.inputs:
+                continue
+            pairs = zip(self.inputs[layer.name], self.outputs[layer.name], strict=True)
+            for group, factors in enumerate(pairs):
+                a, b = (_symmetric(factor / self.num_samples, layer.name) for factor in factors)
+                grouped = layer.groups > 1
+                found[f"{layer.name}.group{group}" if grouped else layer.name] = KroneckerBlock(
+                    layer.name,
+                    layer.parameters,
+                    a,
+                    b,
+                    num_positions=self.positions[layer.name],
+                    group=group if grouped else None,
+                    source=source,
+                    dtype=self.dtype,
+                )
+        return found
+
+
+def choose_layers(model: nn.Module, parameters: Iterable[nn.Parameter]) -> tuple[list[ChosenLayer], dict[str, str]]:
+    """Layers that can have Kronecker factors, and why others with chosen parameters cannot."""
+    chosen = {id(parameter) for parameter in parameters}
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(name or ROOT)
+    layers: list[ChosenLayer] = []
+    skipped: dict[str, str] = {}
+    for name, module in model.named_modules():
+        name = name or ROOT
+        own = {key: id(parameter) for key, parameter in module._parameters.items() if parameter is not None}
+        if not any(parameter in chosen for parameter in own.values()):
+            continue
+        sharers = sorted({other for parameter in own.values() for other in owners[parameter]} - {name})
+        if not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            skipped[name] = f"{type(module).__name__} has no Kronecker factors; linear layers and convolutions have."
+        elif not set(own) <= {"weight", "bias"} or "weight" not in own:
+            skipped[name] = f"its parameters are {', '.join(own)}, expected weight and bias (is it parametrised?)."
+        elif sharers:
+            skipped[name] = f"it shares parameters with {', '.join(sharers)}."
+        else:
+            layers.append(ChosenLayer(name, module, own["weight"] in chosen, own.get("bias") in chosen))
+    return layers, skipped
+
+
+def usable_calls(
+    taps: LayerTaps, layers: Iterable[ChosenLayer], num_samples: int
+) -> tuple[dict[str, LayerCall], dict[str, str]]:
+    """Calls of layers that ran once, on the whole batch; reasons for the others."""
+    calls: dict[str, LayerCall] = {}
+    skipped: dict[str, str] = {}
+    for layer in layers:
+        found = taps.calls.get(layer.module, [])
+        if not found:
+            skipped[layer.name] = "it was never called (its weights may be used elsewhere, as in attention)."
+        elif len(found) > 1:
+            skipped[layer.name] = f"it was called {len(found)} times in one forward pass."
+        elif found[0].output.ndim < 2 or not found[0].input.shape[0] == found[0].output.shape[0] == num_samples:
+            skipped[layer.name] = (
+                f"its input has shape {tuple(found[0].input.shape)}, and the first dimension is not the "
+                f"{num_samples} samples."
+            )
+        else:
+            calls[layer.name] = found[0]
+    return calls, skipped
+
+
+def no_layers(skipped: Mapping[str, str]) -> MeasurementError:
+    """The error of a network in which nothing has a Kronecker block."""
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+    return MeasurementError(f"No layer has Kronecker factors here ({reasons}) Use ggn_spectrum, which is exact.")
+
+
+def _symmetric(factor: Tensor, name: str) -> Tensor:
+    if not bool(torch.isfinite(factor).all()):
+        raise MeasurementError(f"The factors of {name} hold NaN or inf; look for them in weights, data and loss.")
+    return 0.5 * (factor + factor.T)
