@@ -112,6 +112,21 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         """Two monitors of different quantities keep their states apart."""
         return self._generate_state_key(quantities=self.quantities, eps=self.eps, mode=self.mode)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The records, and the spectra that the figure of all tasks shows."""
+        spectra = {
+            quantity: {task: (s.eigenvalues, s.weights, s.num_params, s.exact) for task, s in found.items()}
+            for quantity, found in self._spectra.items()
+        }
+        return super().state_dict() | {"spectra": spectra}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the records and the figure of the run that is resumed."""
+        super().load_state_dict(state_dict)
+        if self._resuming:
+            for quantity, found in state_dict["spectra"].items():
+                self._spectra[quantity] = {task: Spectrum(*shape, matrix=quantity) for task, shape in found.items()}
+
     def measure(self, trainer: Trainer, pl_module: LightningModule, batches: list[Any], phase: Phase) -> Measurement:
         """All quantities; one that fails leaves the others."""
         measurement = Measurement(settings={"mode": self.mode})

@@ -15,10 +15,12 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, Progress
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from matplotlib.figure import Figure
 from runs import Classifier, Validated, loader, mlp, monitors, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_plasticity import FeatureRankMonitor, HessianSpectrumMonitor
+from lightning_plasticity.callbacks import hessian_monitor
 from lightning_plasticity.callbacks import monitor as monitor_file
 from lightning_plasticity.curvature import measure_hessian
 
@@ -122,6 +124,27 @@ def test_state_is_plain_and_a_resumed_run_continues_the_records(tmp_path: Path) 
     fit(again, 1)
     for after in again:
         assert [r.task for r in after.records][4:] == [2, 2, 3, 3]  # type: ignore[attr-defined]
+
+
+def test_the_figure_of_a_resumed_run_shows_the_tasks_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[list[int]] = []
+
+    def figure(spectra: dict[int, object], title: str) -> Figure:
+        shown.append(sorted(spectra))
+        return Figure()
+
+    monkeypatch.setattr(hessian_monitor, "spectra_figure", figure)
+    logger = TensorBoardLogger(tmp_path)
+    one = [HessianSpectrumMonitor(quantities=("ggn",), when="start", probe_samples=8)]
+    run = trainer(one, logger=logger)
+    run.fit(Classifier(mlp()), loader(1))
+    run.save_checkpoint(tmp_path / "after.ckpt")
+    other = [HessianSpectrumMonitor(quantities=("ggn",), when="start", probe_samples=8)]
+    resumed = trainer(other, max_epochs=2, logger=logger)
+    resumed.fit(Classifier(mlp()), loader(1), ckpt_path=tmp_path / "after.ckpt", weights_only=True)
+    trainer(other, logger=logger).fit(Classifier(mlp()), loader(1))
+    assert shown[0] == [0]
+    assert shown[-1][:2] == [0, 1]
 
 
 def test_an_evaluation_does_not_roll_the_records_back(tmp_path: Path) -> None:
