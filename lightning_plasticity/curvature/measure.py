@@ -21,6 +21,7 @@ from lightning_plasticity.curvature.output_loss import OutputLoss
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.linalg import stochastic_lanczos_quadrature
 from lightning_plasticity.nn import Mode, undisturbed
+from lightning_plasticity.nn.batches import clone_batch
 
 Method = Literal["auto", "exact", "lanczos"]
 METHODS = ("auto", "exact", "lanczos")
@@ -161,7 +162,7 @@ def measure_gram(measured: Measured, matrix: Literal["ggn", "ntk"], *, max_rows:
         room = None
         for index, batch in enumerate(measured.batches):
             with measured.open() as closure, LayerTaps(measured.module) as taps:
-                evaluation = closure(batch, index)
+                evaluation = closure(clone_batch(batch), index)  # a step may change its batch, and this may run twice
                 output_loss, note = _require_outputs(evaluation), evaluation.note
                 per_sample = _columns_per_sample(output_loss, matrix)
                 room = max(1, max_rows // max(1, per_sample)) if room is None and max_rows is not None else room

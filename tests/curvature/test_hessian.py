@@ -148,6 +148,7 @@ def test_dead_units_are_zero_rows():
     net, data = mlp(4, 6, 5, 3, activation=nn.ReLU), classes(30, 4, 3)
     net[0].bias.data[[1, 4]] = -100.0
     data[0][:, 2] = 0.0  # a constant input too
+    data[0][:, 3] *= 1e-9  # small is not zero
     dense = dense_hessian(net, F.cross_entropy, *data)
     for single in (False, True):
         net, inputs = (net.float(), data[0].float()) if single else (net, data[0])

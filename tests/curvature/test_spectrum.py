@@ -232,6 +232,11 @@ def test_density_integrates_to_one(make):
     assert at_top == pytest.approx(float(spectrum.weights[-1]) / (width * (2 * np.pi) ** 0.5), rel=1e-6)
 
 
+def test_density_of_a_narrow_spectrum_has_the_width_of_range_one():
+    point = Spectrum.from_eigenvalues(torch.tensor([0.1]), 1)
+    assert float(point.density(torch.tensor([0.1]))[0]) == pytest.approx(1 / (2 * np.pi * 1e-5) ** 0.5)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_density_epsilon_rank_reproduces_the_published_numbers(vectors, case):
     # Their Ritz values and weights through our formula; float64 sums in another order.
