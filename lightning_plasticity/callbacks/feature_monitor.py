@@ -22,7 +22,7 @@ from lightning_plasticity.linalg import (
     stable_rank_of,
 )
 from lightning_plasticity.linalg.feature_matrix import FeatureLayout
-from lightning_plasticity.linalg.ranks import count_above
+from lightning_plasticity.linalg.functionals import count_above
 from lightning_plasticity.metrics import DormantUnitRatio, SingularValues
 from lightning_plasticity.nn import FeatureTaps, HiddenLayer, find_hidden_layers, named_layers, undisturbed
 from lightning_plasticity.nn.batches import clone_batch

@@ -125,7 +125,10 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         super().load_state_dict(state_dict)
         if self._resuming:
             for quantity, found in state_dict["spectra"].items():
-                self._spectra[quantity] = {task: Spectrum(*shape, matrix=quantity) for task, shape in found.items()}
+                self._spectra[quantity] = {
+                    task: Spectrum(eigenvalues, weights, num_params, exact, quantity)
+                    for task, (eigenvalues, weights, num_params, exact) in found.items()
+                }
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, batches: list[Any], phase: Phase) -> Measurement:
         """All quantities; one that fails leaves the others."""

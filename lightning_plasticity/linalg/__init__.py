@@ -3,21 +3,18 @@
 from lightning_plasticity.linalg.effective_rank import effective_rank
 from lightning_plasticity.linalg.estimate import Estimate
 from lightning_plasticity.linalg.feature_matrix import as_feature_matrix
+from lightning_plasticity.linalg.functionals import effective_rank_of, participation_ratio_of, srank_of, stable_rank_of
 from lightning_plasticity.linalg.lanczos import LanczosResult, Matvec, lanczos
 from lightning_plasticity.linalg.quadrature import LanczosQuadrature, stochastic_lanczos_quadrature
 from lightning_plasticity.linalg.rank_bounds import effective_rank_bounds
 from lightning_plasticity.linalg.ranks import (
     approximate_rank,
-    effective_rank_of,
     feature_rank,
     numerical_rank,
     participation_ratio,
-    participation_ratio_of,
     singular_values,
     srank,
-    srank_of,
     stable_rank,
-    stable_rank_of,
 )
 from lightning_plasticity.linalg.units import dead_units, dormancy_scores, dormant_units
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_plasticity.linalg.feature_matrix import check_feature_matrix
-from lightning_plasticity.linalg.ranks import check_nonnegative
+from lightning_plasticity.linalg.functionals import check_nonnegative
 
 # Up to this size of min(N, D), a float64 eigendecomposition of the Gram matrix is faster than a float32 SVD on CPU and
 # its gradient is about 60 times more accurate; beyond, the SVD wins.

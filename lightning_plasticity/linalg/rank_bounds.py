@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from lightning_plasticity.linalg.functionals import effective_rank_of
 from lightning_plasticity.linalg.quadrature import LanczosQuadrature
-from lightning_plasticity.linalg.ranks import effective_rank_of
 
 DECADES = 6  # below the largest eigenvalue; what is smaller adds next to nothing to the entropy
 POINTS = 24  # thresholds

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_plasticity.linalg.feature_matrix import check_feature_matrix
-from lightning_plasticity.linalg.ranks import check_nonnegative
+from lightning_plasticity.linalg.functionals import check_nonnegative
 
 
 def dormancy_scores(features: Tensor) -> Tensor:

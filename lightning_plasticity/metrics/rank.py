@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_plasticity.linalg.feature_matrix import FeatureLayout, as_feature_matrix
-from lightning_plasticity.linalg.ranks import (
+from lightning_plasticity.linalg.functionals import (
     check_nonnegative,
     count_above,
     effective_rank_of,

@@ -9,7 +9,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_plasticity.linalg.feature_matrix import FeatureLayout, as_feature_matrix
-from lightning_plasticity.linalg.ranks import check_nonnegative
+from lightning_plasticity.linalg.functionals import check_nonnegative
 from lightning_plasticity.linalg.units import scores_from_means
 from lightning_plasticity.metrics.rank import check_same_units
 
