@@ -86,13 +86,14 @@ class FeatureRankMonitor(BoundaryMonitor):
         layers: list[str] | None = None,
         probe_samples: int | None = None,
         when: Phase | Sequence[Phase] = ("start", "end"),
+        on_error: OnError = "warn",
+        *,
         every_n_tasks: int = 1,
         data: Any = None,
         loss_fn: LossFunction | None = None,
         dormant_tau: float | Sequence[float] = (0.025, 0.1),
         conv: FeatureLayout = "positions",
         mode: Mode = "frozen",
-        on_error: OnError = "warn",
         save_dir: str | None = None,
     ) -> None:
         samples = PROBE_SAMPLES if probe_samples is None else probe_samples

@@ -77,12 +77,16 @@ def _spread(
     size: int | None = None,
     indices: Sequence[int] | None = None,
 ) -> Iterator[Any]:
-    """Samples evenly spread over the dataset, in order, without workers: data sorted by class are covered too."""
+    """Samples evenly spread over the dataset, shuffled by a fixed seed, without workers.
+
+    Data sorted by class are covered too, also by those who use only the first of the samples.
+    """
     indices = range(len(dataset)) if indices is None else indices
     total, count = len(indices), min(num_samples, len(indices))
     chunk = max(size or 1, min(CHUNK, count))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     for start in range(0, count, chunk):
-        chosen = [int(indices[k * total // count]) for k in range(start, min(start + chunk, count))]
+        chosen = [int(indices[k * total // count]) for k in order[start : start + chunk]]
         samples = [dataset[index] for index in chosen]
         yield torch.utils.data.default_collate(samples) if collate is None else collate(samples)
 

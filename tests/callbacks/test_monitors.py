@@ -24,6 +24,7 @@ from lightning_plasticity import (
     read_records,
 )
 from lightning_plasticity.callbacks.arguments import decimal
+from lightning_plasticity.callbacks.probe_data import _spread
 from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement
 from lightning_plasticity.callbacks.probe_data import probe_batches
 from lightning_plasticity.curvature import ggn_spectrum, hessian_spectrum, ntk_spectrum
@@ -333,3 +334,23 @@ def test_a_step_that_changes_its_batch_is_measured_on_the_batch_as_it_was() -> N
     assert found == measured(Classifier, 2 * X[:6])
     assert found[0] == found[1]
     assert found[2] == found[3]
+
+
+def test_signatures_keep_their_positions() -> None:
+    """What users may pass by position is fixed."""
+    hessian = HessianSpectrumMonitor(("ggn",), (1e-2,), 64, "start", 2, None, "raise")
+    assert (hessian.eps, hessian.probe_samples, hessian.when) == ((1e-2,), 64, ("start",))
+    assert (hessian.every_n_tasks, hessian.data, hessian.on_error) == (2, None, "raise")
+    features = FeatureRankMonitor(["net.1"], 32, "end", "raise")
+    assert (features.layers, features.probe_samples, features.when) == (["net.1"], 32, ("end",))
+    assert features.on_error == "raise"
+
+
+def test_a_dataset_sorted_by_class_is_covered_by_every_part_of_the_probe() -> None:
+    labels = torch.arange(10).repeat_interleave(500)
+    dataset = TensorDataset(torch.zeros(5000, 1), labels)
+    (batch,) = _spread(dataset, 512)
+    assert len(batch[1]) == 512
+    for part in (batch[1][:166], batch[1][166:]):
+        counts = torch.bincount(part, minlength=10)
+        assert counts.min() >= 5  # 16.6 and 34.6 expected in each class
