@@ -56,14 +56,14 @@ def main():
     print(
         f"{'network':14s}{'steps':>6s}"
         + "".join(f"{f'rho {rho:g}':>11s}" for rho in RHO)
-        + f"{'eff. rank':>11s}{'trace':>8s}"
+        + f"{'eff. rank':>11s}{'srank':>8s}{'trace':>8s}"
     )
     for name, net in networks(inputs).items():
         truth = hessian_spectrum(net, F.cross_entropy, (inputs, labels), method="exact")
         live = torch.repeat_interleave(truth.eigenvalues, truth.counts.round().long())
         live = live[live != 0]
         for steps in (60, 120):
-            held = dict.fromkeys((*RHO, "rank", "trace"), 0)
+            held = dict.fromkeys((*RHO, "rank", "srank", "trace"), 0)
             for seed in range(REPETITIONS):
                 generator = torch.Generator().manual_seed(seed)
                 quadrature = stochastic_lanczos_quadrature(
@@ -74,10 +74,12 @@ def main():
                     true = truth.epsilon_rank(rho, relative=True).value
                     held[rho] += holds(spectrum.epsilon_rank(rho * truth.max_abs), true)
                 held["rank"] += holds(spectrum.effective_rank(), truth.effective_rank().value)
+                held["srank"] += holds(spectrum.srank(), truth.srank().value)
                 held["trace"] += holds(spectrum.trace(), truth.trace().value)
             cells = "".join(f"{held[rho] / REPETITIONS:11.0%}" for rho in RHO)
             print(
-                f"{name:14s}{steps:6d}{cells}{held['rank'] / REPETITIONS:11.0%}{held['trace'] / REPETITIONS:8.0%}",
+                f"{name:14s}{steps:6d}{cells}{held['rank'] / REPETITIONS:11.0%}{held['srank'] / REPETITIONS:8.0%}"
+                f"{held['trace'] / REPETITIONS:8.0%}",
                 flush=True,
             )
 

@@ -14,6 +14,7 @@ from lightning_plasticity._optional import require
 from lightning_plasticity.curvature import Spectrum
 
 HISTOGRAM_BINS = 60
+MAX_LINES = 50  # in a figure; of more tasks some are left out
 DECADES_BELOW = 8  # of the largest eigenvalue that a histogram or a figure shows
 
 
@@ -59,12 +60,20 @@ def takes_figures(loggers: Iterable[Any]) -> bool:
 
 
 def log_directory(loggers: Sequence[Any]) -> Path | None:
-    """Where the first logger with a directory keeps its files; None without one."""
+    """Where the first logger with a directory keeps its files; None without one.
+
+    A logger that has only a directory for all its runs (``save_dir``) gets ``name/version`` below it, as for
+    ``ModelCheckpoint``.
+    """
     for logger in loggers:
-        for name in ("log_dir", "save_dir"):
-            found = getattr(logger, name, None)
-            if isinstance(found, str | Path):
-                return Path(found)
+        found = getattr(logger, "log_dir", None)
+        if isinstance(found, str | Path):
+            return Path(found)
+        found = getattr(logger, "save_dir", None)
+        if isinstance(found, str | Path):
+            name, version = getattr(logger, "name", None), getattr(logger, "version", None)
+            version = f"version_{version}" if isinstance(version, int) else version
+            return Path(found, *(str(part) for part in (name, version) if part is not None))
     return None
 
 
@@ -88,7 +97,10 @@ def draw_spectra(axes: Any, spectra: Mapping[int, Spectrum], title: str) -> None
     colours = require("matplotlib", "A figure of spectra").colormaps["viridis"]
     last = max(spectra, default=0)
     top = max((spectrum.max_abs for spectrum in spectra.values()), default=1.0)
-    for task, spectrum in spectra.items():
+    tasks = list(spectra)
+    lines = min(len(tasks), MAX_LINES)
+    for task in (tasks[(k + 1) * len(tasks) // lines - 1] for k in range(lines)):  # evenly spread, with the last
+        spectrum = spectra[task]
         order = spectrum.eigenvalues.abs().sort(descending=True)
         index = torch.cumsum(spectrum.counts[order.indices], 0)
         shown = order.values > 0

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +50,10 @@ class TaskRecord:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> TaskRecord:
-        """The record that ``to_dict`` described."""
+        """The record that ``to_dict`` described; fields of later versions are left out."""
         values = {key: Estimate(*(float(x) for x in numbers)) for key, numbers in plain["values"].items()}
-        return cls(**{**plain, "values": values})
+        known = {field.name: plain[field.name] for field in fields(cls) if field.name in plain}
+        return cls(**{**known, "values": values})
 
 
 def _to_json(value: Any) -> Any:

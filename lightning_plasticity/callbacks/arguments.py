@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from typing import Any
@@ -34,6 +35,12 @@ def choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     """Refuse what is not one of the allowed words."""
     if value not in allowed:
         raise ValueError(f"{name}={value!r}, expected one of {tuple(allowed)}.")
+
+
+def label(name: str, value: Any) -> None:
+    """Refuse what cannot be part of keys and file names; None is fine."""
+    if value is not None and (not isinstance(value, str) or not re.fullmatch("[A-Za-z0-9_]+", value) or value == "end"):
+        raise ValueError(f"{name}={value!r}, expected letters, digits and _ (not 'end'), or None.")
 
 
 def function(name: str, value: Any) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -71,6 +71,8 @@ class FeatureRankMonitor(BoundaryMonitor):
         mode: as in ``HessianSpectrumMonitor``.
         on_error: ``"warn"`` records the failure and training goes on; ``"raise"`` stops.
         save_dir: where ``plasticity.jsonl`` goes; None for the log directory.
+        name: letters, digits and _, for monitors that otherwise differ in their data only: keys become
+            ``plasticity/<name>/...``, and file names and checkpoints hold it too.
 
     Raises:
         ValueError: for settings out of range, at construction; for unknown layer names, when the fit starts.
@@ -95,9 +97,10 @@ class FeatureRankMonitor(BoundaryMonitor):
         conv: FeatureLayout = "positions",
         mode: Mode = "frozen",
         save_dir: str | None = None,
+        name: str | None = None,
     ) -> None:
         samples = PROBE_SAMPLES if probe_samples is None else probe_samples
-        super().__init__(samples, when, every_n_tasks, data, on_error, save_dir)
+        super().__init__(samples, when, every_n_tasks, data, on_error, save_dir, name)
         if isinstance(layers, str) or (layers is not None and not layers):
             raise ValueError(
                 f"layers={layers!r}, expected a list of names such as ['net.1'], or None for all hidden layers."
@@ -114,8 +117,9 @@ class FeatureRankMonitor(BoundaryMonitor):
 
     @property
     def state_key(self) -> str:
-        """Two monitors of different layers keep their states apart."""
-        return self._generate_state_key(layers=self.layers, conv=self.conv, mode=self.mode)
+        """Two monitors of different layers or names keep their states apart."""
+        named = {} if self.name is None else {"name": self.name}
+        return self._generate_state_key(layers=self.layers, conv=self.conv, mode=self.mode, **named)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse unknown layer names before training starts."""
@@ -147,6 +151,7 @@ class FeatureRankMonitor(BoundaryMonitor):
 
     def _summarise(self, statistics: dict[str, _LayerStatistics], measurement: Measurement) -> None:
         found: dict[str, dict[str, float]] = {}
+        tags = _tags(statistics)
         for name, layer in statistics.items():
             if name in measurement.failures:
                 continue
@@ -158,13 +163,13 @@ class FeatureRankMonitor(BoundaryMonitor):
                 measurement.failures[name] = "The features hold NaN or inf; look for them in weights and data."
                 continue
             found[name] = layer.numbers(sigma)
-            key = f"plasticity/features/singular_values_log10/{_tag(name)}"
+            key = f"plasticity/features/singular_values_log10/{tags[name]}"
             measurement.histograms[key] = (sigma, torch.ones_like(sigma))
         if not statistics:
             measurement.failures["features"] = "No hidden layer was found; name some with layers=[...]."
         for name, own in found.items():
             for key, number in own.items():
-                measurement.values[f"plasticity/features/{key}/{_tag(name)}"] = Estimate.exactly(number)
+                measurement.values[f"plasticity/features/{key}/{tags[name]}"] = Estimate.exactly(number)
         if found:
             for key in next(iter(found.values())):
                 mean = sum(own[key] for own in found.values()) / len(found)
@@ -207,16 +212,26 @@ class _LayerStatistics:
 
 
 def _weight_norms(module: torch.nn.Module) -> dict[str, Estimate]:
-    """2-norm of every weight (matrices and kernels), and of all of them together; NaN weights are left out."""
+    """2-norm of every weight (matrices and kernels), and of all of them together; NaN where a weight holds NaN."""
     norms = {
         name.removesuffix(".weight"): float(parameter.detach().double().norm())
         for name, parameter in module.named_parameters()
         if parameter.ndim >= 2
     }
-    values = {f"plasticity/weights/norm/{_tag(name)}": Estimate.exactly(norm) for name, norm in norms.items()}
+    tags = _tags(norms)
+    values = {f"plasticity/weights/norm/{tags[name]}": Estimate.exactly(norm) for name, norm in norms.items()}
     values["plasticity/weights/norm"] = Estimate.exactly(sum(norm**2 for norm in norms.values()) ** 0.5)
     return values
 
 
-def _tag(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_.]", "_", name)
+def _tags(names: Iterable[str]) -> dict[str, str]:
+    """Names as keys may hold them; where two would be the same, the later one is numbered."""
+    tags: dict[str, str] = {}
+    for name in names:
+        tag = plain = re.sub(r"[^A-Za-z0-9_.]", "_", name)
+        number = 1
+        while tag in tags.values():
+            number += 1
+            tag = f"{plain}_{number}"
+        tags[name] = tag
+    return tags

@@ -10,18 +10,20 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_plasticity.callbacks.arguments import choice, choices, decimal, function, numbers, whole_number
 from lightning_plasticity.callbacks.live import live_optimizers
 from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement, OnError, Phase, describe
-from lightning_plasticity.curvature import Measured, Spectrum, measure_gram, measure_hessian
+from lightning_plasticity.curvature import Measured, MeasurementError, Spectrum, measure_gram, measure_hessian
 from lightning_plasticity.curvature.closure import LossFunction
 from lightning_plasticity.curvature.measure import LANCZOS_STEPS, MAX_ROWS
 from lightning_plasticity.linalg import Estimate
 from lightning_plasticity.loggers import log_figure, spectra_figure, takes_figures
-from lightning_plasticity.nn.batches import clone_batch
+from lightning_plasticity.nn.batches import batch_size, clone_batch
 from lightning_plasticity.nn.undisturbed import MODES, Mode
 from lightning_plasticity.records import TaskRecord
 
 Quantity = Literal["ggn", "hessian", "ntk"]
 QUANTITIES = ("ggn", "hessian", "ntk")
 PROBE_SAMPLES = 512
+FEW_SAMPLES = 50  # a matrix of fewer is told about
+LONG_WORK = 2e8  # trainable parameters times samples from which a measurement may be long
 
 
 class HessianSpectrumMonitor(BoundaryMonitor):
@@ -64,6 +66,8 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         seed: of probes and random state during a measurement.
         on_error: ``"warn"`` records the failure and training goes on; ``"raise"`` stops.
         save_dir: where ``plasticity.jsonl`` and ``spectra/*.npz`` go; None for the log directory.
+        name: letters, digits and _, for monitors that otherwise differ in their data only: keys become
+            ``plasticity/<name>/...``, and file names and checkpoints hold it too.
 
     Raises:
         ValueError: for settings out of range, at construction.
@@ -92,9 +96,10 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         mode: Mode = "frozen",
         seed: int = 0,
         save_dir: str | None = None,
+        name: str | None = None,
     ) -> None:
         samples = PROBE_SAMPLES if probe_samples is None else probe_samples
-        super().__init__(samples, when, every_n_tasks, data, on_error, save_dir)
+        super().__init__(samples, when, every_n_tasks, data, on_error, save_dir, name)
         self.quantities = choices("quantities", quantities, QUANTITIES, f"some of {QUANTITIES}")
         self.eps = numbers("eps", eps)
         self.relative_eps = numbers("relative_eps", relative_eps)
@@ -110,8 +115,9 @@ class HessianSpectrumMonitor(BoundaryMonitor):
 
     @property
     def state_key(self) -> str:
-        """Two monitors of different quantities keep their states apart."""
-        return self._generate_state_key(quantities=self.quantities, eps=self.eps, mode=self.mode)
+        """Two monitors of different quantities or names keep their states apart."""
+        named = {} if self.name is None else {"name": self.name}
+        return self._generate_state_key(quantities=self.quantities, eps=self.eps, mode=self.mode, **named)
 
     def state_dict(self) -> dict[str, Any]:
         """The records, and the spectra that the figure of all tasks shows."""
@@ -131,6 +137,10 @@ class HessianSpectrumMonitor(BoundaryMonitor):
                     for task, (eigenvalues, weights, num_params, exact) in found.items()
                 }
 
+    def may_be_long(self, pl_module: LightningModule) -> bool:
+        """Whether parameters times samples are many."""
+        return self.probe_samples * sum(p.numel() for p in pl_module.parameters() if p.requires_grad) > LONG_WORK
+
     def measure(self, trainer: Trainer, pl_module: LightningModule, batches: list[Any], phase: Phase) -> Measurement:
         """All quantities; one that fails leaves the others."""
         measurement = Measurement(settings={"mode": self.mode})
@@ -144,6 +154,7 @@ class HessianSpectrumMonitor(BoundaryMonitor):
                 spectrum = self._spectrum(measured, quantity)
             except Exception as error:
                 measurement.failures[quantity] = describe(error)
+                measurement.retry |= not isinstance(error, MeasurementError)
                 continue
             prefix = f"plasticity/{quantity}"
             measurement.values |= {f"{prefix}/{key}": value for key, value in self._numbers(spectrum).items()}
@@ -152,7 +163,14 @@ class HessianSpectrumMonitor(BoundaryMonitor):
             measurement.settings[quantity] = _about(spectrum)
             if note := spectrum.settings.get("note"):
                 self._warn_once(trainer, note, f"{type(self).__name__}: {note}")
+            self._warn_of_few(trainer, spectrum, sum(batch_size(batch) for batch in batches))
         return measurement
+
+    def _warn_of_few(self, trainer: Trainer, spectrum: Spectrum, given: int) -> None:
+        used, rows = spectrum.num_samples, spectrum.settings.get("rows", 0)
+        if used < min(FEW_SAMPLES, given) and rows * (used + 1) > self.max_rows * used:
+            what = f"{type(self).__name__}: the {spectrum.matrix} is that of {used} of the {given} probe samples only"
+            self._warn_once(trainer, what, f"{what}, since max_rows={self.max_rows}; a larger max_rows takes more.")
 
     def _spectrum(self, measured: Measured, quantity: str) -> Spectrum:
         if quantity != "hessian":
@@ -185,7 +203,7 @@ class HessianSpectrumMonitor(BoundaryMonitor):
             if takes_figures([logger]):
                 title = f"{quantity} spectrum at task {record.phase}, {spectrum.num_samples} samples"
                 figure = spectra_figure(self._spectra[quantity], title)
-                log_figure([logger], f"plasticity/{quantity}/spectra", figure, record.step)
+                log_figure([logger], self.named(f"plasticity/{quantity}/spectra"), figure, record.step)
 
 
 def _about(spectrum: Spectrum) -> dict[str, Any]:

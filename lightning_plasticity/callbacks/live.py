@@ -1,8 +1,12 @@
-"""The live optimizers and schedulers of a module that steps them by hand: a measured step must not move them."""
+"""What a module reaches through its Trainer, and a measured step must not move: optimizers, schedulers, loggers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypedDict
+
+from lightning.pytorch.loggers.logger import DummyLogger
 
 
 class LiveOptimizers(TypedDict):
@@ -13,12 +17,51 @@ class LiveOptimizers(TypedDict):
 
 
 def live_optimizers(pl_module: Any) -> LiveOptimizers:
-    """Keyword arguments ``optimizers`` and ``schedulers`` for ``undisturbed``; empty under automatic optimization."""
-    if getattr(pl_module, "automatic_optimization", True):
+    """Keyword arguments ``optimizers`` and ``schedulers`` for ``undisturbed``; empty without a Trainer."""
+    if getattr(pl_module, "_trainer", None) is None:
         return {"optimizers": [], "schedulers": []}
     wrapped = _as_list(pl_module.optimizers())
     bare = [optimizer.optimizer for optimizer in wrapped if hasattr(optimizer, "optimizer")]
     return {"optimizers": wrapped + bare, "schedulers": _as_list(pl_module.lr_schedulers())}
+
+
+@contextmanager
+def quiet(trainer: Any) -> Iterator[None]:
+    """Give the module loggers that write nothing: what a training step logs by hand would be there twice."""
+    loggers = list(trainer.loggers)
+    trainer.loggers = [_MutedLogger(logger) for logger in loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers
+
+
+class _MutedLogger(DummyLogger):
+    """Takes everything, writes nothing, and knows its directories."""
+
+    def __init__(self, logger: Any) -> None:
+        super().__init__()
+        self._logger = logger
+
+    @property
+    def name(self) -> str:
+        """As the real one."""
+        return getattr(self._logger, "name", None) or ""
+
+    @property
+    def version(self) -> Any:
+        """As the real one."""
+        return getattr(self._logger, "version", None)
+
+    @property
+    def save_dir(self) -> Any:
+        """As the real one."""
+        return getattr(self._logger, "save_dir", None)
+
+    @property
+    def log_dir(self) -> Any:
+        """As the real one."""
+        return getattr(self._logger, "log_dir", None)
 
 
 def _as_list(found: Any) -> list[Any]:

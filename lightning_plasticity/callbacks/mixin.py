@@ -73,7 +73,10 @@ class RegularizerMixin:
                 setattr(cls, name, wrapped)
 
     def configure_regularizers(self) -> list[Regularizer]:
-        """The regularisers of this module, e.g. ``[EffectiveRank(1e-2, every_n_steps=8), L2(1e-4)]``."""
+        """The regularisers of this module, e.g. ``[EffectiveRank(1e-2, every_n_steps=8), L2(1e-4)]``.
+
+        Called again when a fit starts, so that settings changed since the last one count.
+        """
         return []
 
     @property
@@ -95,7 +98,7 @@ class L2ERMixin(RegularizerMixin):
     """L2-ER on any LightningModule: raise the effective rank of hidden features, keep the weights small.
 
     Source: Prakash et al. 2026, "Spectral Collapse Drives Loss of Plasticity in Deep Continual Learning" (arXiv
-    2509.22335). Set the class attributes to change it.
+    2509.22335). Set the class attributes to change it, or those of an instance: they are read when a fit starts.
 
     Attributes:
         rank_strength: learning rate of the separate effective-rank step (or weight of the penalty), >= 0.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,8 +14,9 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_plasticity.callbacks.arguments import choices, whole_number
-from lightning_plasticity.callbacks.probe_data import probe_batches
+from lightning_plasticity.callbacks.arguments import choices, label, whole_number
+from lightning_plasticity.callbacks.live import quiet
+from lightning_plasticity.callbacks.probe_data import Probe, probe_batches
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
 from lightning_plasticity.curvature import MeasurementError, Spectrum
 from lightning_plasticity.linalg import Estimate
@@ -37,6 +39,7 @@ class Measurement:
         spectra: to be saved beside the record, by matrix.
         histograms: (values, counts) by key, shown on a log axis.
         failures: what could not be measured (by its name in messages) and why, where other parts could.
+        retry: whether smaller batches may help: some failure came out of the module's own code.
     """
 
     values: dict[str, Estimate] = field(default_factory=dict)
@@ -44,6 +47,7 @@ class Measurement:
     spectra: dict[str, Spectrum] = field(default_factory=dict)
     histograms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    retry: bool = False
 
 
 class BoundaryMonitor(Callback):
@@ -57,6 +61,7 @@ class BoundaryMonitor(Callback):
             samples of the task's own training data.
         on_error: ``"warn"`` records a failed measurement and goes on; ``"raise"`` stops, for tests.
         save_dir: where records and spectra go; None for the log directory of the first logger that has one.
+        name: part of keys, file names and checkpoints, for two monitors that otherwise differ in their data only.
     """
 
     def __init__(
@@ -67,8 +72,11 @@ class BoundaryMonitor(Callback):
         data: Any,
         on_error: OnError,
         save_dir: str | None,
+        name: str | None = None,
     ) -> None:
         super().__init__()
+        label("name", name)
+        self.name = name
         self.probe_samples = whole_number("probe_samples", probe_samples)
         self.when = choices("when", when, PHASES, "'start', 'end' or both, e.g. when=('start', 'end')")
         self.every_n_tasks = whole_number("every_n_tasks", every_n_tasks)
@@ -79,7 +87,7 @@ class BoundaryMonitor(Callback):
         self.save_dir = save_dir
         self.records: list[TaskRecord] = []
         self._tracker: TaskTracker | None = None
-        self._probe: tuple[list[Any], str] | None = None
+        self._probe: Probe | None = None
         self._probed_task: int | None = None  # whose probe data has been fetched, or could not be
         self._warned: set[str] = set()
         self._resuming = True
@@ -87,6 +95,14 @@ class BoundaryMonitor(Callback):
     def measure(self, trainer: Trainer, pl_module: LightningModule, batches: list[Any], phase: Phase) -> Measurement:
         """Measure on the probe batches; may raise anything."""
         raise NotImplementedError
+
+    def may_be_long(self, pl_module: LightningModule) -> bool:
+        """Whether to expect a long measurement where none has been made yet."""
+        return False
+
+    def named(self, key: str) -> str:
+        """The key with the monitor's name in it."""
+        return key if self.name is None else key.replace("plasticity/", f"plasticity/{self.name}/", 1)
 
     def log_pictures(self, logger: Any, measurement: Measurement, record: TaskRecord) -> None:
         """Send what is not a number to a logger; nothing by default."""
@@ -140,11 +156,12 @@ class BoundaryMonitor(Callback):
     def _at_boundary(self, trainer: Trainer, pl_module: LightningModule, task: int, phase: Phase) -> None:
         assert self._tracker is not None
         name = type(self).__name__
-        _announce(trainer, self._expected_seconds(phase), f"{name}: measuring at the {phase} of task {task}, about")
+        self._announce_start(trainer, pl_module, task, phase)
         started = time.perf_counter()
         measurement = Measurement()
         try:
-            measurement = self._measured(trainer, pl_module, phase)
+            with quiet(trainer):
+                measurement = self._measured(trainer, pl_module, phase)
         except Exception as error:
             if self.on_error == "raise":
                 raise
@@ -159,17 +176,27 @@ class BoundaryMonitor(Callback):
             self._warn_once(trainer, why, f"{what}: {why.rstrip('.')}. Training goes on.")
         _announce(trainer, seconds, f"{name}: measured at the {phase} of task {task} in")
         settings = measurement.settings | {"identity": self.state_key}
+        values = {self.named(key): estimate for key, estimate in measurement.values.items()}
         about = (name, task, phase, self._tracker.step)
-        self._keep(trainer, pl_module, TaskRecord(*about, measurement.values, settings, seconds, failure), measurement)
+        self._keep(trainer, pl_module, TaskRecord(*about, values, settings, seconds, failure), measurement)
 
     def _measured(self, trainer: Trainer, pl_module: LightningModule, phase: Phase) -> Measurement:
         if self._probe is None:
             assert self._tracker is not None
             self._fetch(trainer, pl_module, self._tracker.first_batch)
         assert self._probe is not None
-        batches, source = self._probe
-        measurement = self.measure(trainer, pl_module, batches, phase)
-        measurement.settings["data"] = source
+        smaller = self._probe.smaller
+        measurement = None
+        try:
+            measurement = self.measure(trainer, pl_module, self._probe.batches, phase)
+        except Exception as error:
+            if smaller is None or isinstance(error, MeasurementError):
+                raise
+        if smaller is not None and (measurement is None or measurement.retry):
+            self._probe = smaller()
+            measurement = self.measure(trainer, pl_module, self._probe.batches, phase)
+        assert measurement is not None
+        measurement.settings["data"] = self._probe.source
         return measurement
 
     def _fetch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
@@ -177,7 +204,7 @@ class BoundaryMonitor(Callback):
 
     def _fetch_for_end(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Fetch ahead; what fails here fails again at the end, and is recorded there."""
-        with suppress(Exception):
+        with suppress(Exception), quiet(trainer):
             self._fetch(trainer, pl_module, batch)
 
     def _keep(self, trainer: Trainer, pl_module: LightningModule, record: TaskRecord, measurement: Measurement) -> None:
@@ -211,6 +238,7 @@ class BoundaryMonitor(Callback):
         for matrix, spectrum in measurement.spectra.items():
             mode = record.settings.get("mode", "frozen")  # monitors of two modes may share the directory
             part = matrix if mode == "frozen" else f"{matrix}_{mode}"
+            part = part if self.name is None else f"{self.name}_{part}"
             names[matrix] = f"spectra/{part}_task{record.task:04d}_{record.phase}.npz"
             (directory / names[matrix]).parent.mkdir(parents=True, exist_ok=True)
             spectrum.save(directory / names[matrix])
@@ -227,13 +255,20 @@ class BoundaryMonitor(Callback):
                 scalars |= {f"{tag}_lower": estimate.lower, f"{tag}_upper": estimate.upper}
         log_scalars([logger], scalars, record.step)
         for key, (values, counts) in measurement.histograms.items():
-            log_histogram([logger], _phased(key, record.phase), values, counts, record.step)
+            log_histogram([logger], _phased(self.named(key), record.phase), values, counts, record.step)
         self.log_pictures(logger, measurement, record)
 
-    def _expected_seconds(self, phase: Phase) -> float:
-        return next((record.seconds for record in reversed(self.records) if record.phase == phase), 0.0)
+    def _announce_start(self, trainer: Trainer, pl_module: LightningModule, task: int, phase: Phase) -> None:
+        what = f"{type(self).__name__}: measuring at the {phase} of task {task},"
+        if self.records:
+            like = [record for record in self.records if record.phase == phase] or self.records
+            _announce(trainer, like[-1].seconds, f"{what} about")
+        elif self.may_be_long(pl_module):
+            _tell(trainer, f"{what} this may take a while")
 
     def _warn_once(self, trainer: Trainer, cause: str, message: str) -> None:
+        """Warn once for each cause, whatever numbers its text holds."""
+        cause = re.sub(r"\d[\d.]*(e[-+]?\d+)?", "#", cause)
         if cause not in self._warned and trainer.is_global_zero:
             self._warned.add(cause)
             warnings.warn(message, stacklevel=2)
@@ -252,9 +287,14 @@ def _reach_callback_metrics(pl_module: LightningModule, record: TaskRecord) -> N
 
 
 def _announce(trainer: Trainer, seconds: float, what: str) -> None:
+    if seconds >= LONG:
+        _tell(trainer, f"{what} {seconds:.0f} s")
+
+
+def _tell(trainer: Trainer, what: str) -> None:
     bar: Any = trainer.progress_bar_callback
-    if seconds >= LONG and bar is not None and getattr(bar, "is_enabled", True):
-        bar.print(f"{what} {seconds:.0f} s")
+    if bar is not None and getattr(bar, "is_enabled", True):
+        bar.print(what)
 
 
 def describe(error: Exception) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -25,8 +26,24 @@ from lightning_plasticity.nn.generators import generator_state, held_by
 CHUNK = 512  # samples in one probe batch at most
 
 
-def probe_batches(trainer: Any, pl_module: Any, data: Any, num_samples: int, first_batch: Any) -> tuple[list[Any], str]:
-    """Probe batches on the module's device, and where they came from.
+@dataclass(frozen=True)
+class Probe:
+    """What to measure on.
+
+    Attributes:
+        batches: on the module's device.
+        source: where they came from, for the record.
+        smaller: the same samples in batches of the training loader's size, for a step that wants those; None where
+            they come no smaller.
+    """
+
+    batches: list[Any]
+    source: str
+    smaller: Callable[[], Probe] | None = None
+
+
+def probe_batches(trainer: Any, pl_module: Any, data: Any, num_samples: int, first_batch: Any) -> Probe:
+    """Fetch probe batches; samples that cannot be collated many at once come in batches of the loader's size.
 
     Args:
         trainer: the Trainer.
@@ -39,22 +56,61 @@ def probe_batches(trainer: Any, pl_module: Any, data: Any, num_samples: int, fir
     Raises:
         MeasurementError: when there is nothing to measure on.
     """
-    # The module's transfer hooks run here, and its own augmentation: with a fixed seed, and forgotten afterwards.
+    if data is not None:
+        return _given(trainer, pl_module, data, num_samples)
+    loader = _single_loader(trainer)
+    if loader is not None and len(_indices(loader)):
+        try:
+            return _of_training(trainer, pl_module, loader, num_samples, first_batch)
+        except Exception:
+            if first_batch is None:
+                raise
+    if first_batch is None:
+        raise MeasurementError("No probe data: the training loader gave no batch; pass data= to the monitor.")
+    return Probe([clone_batch(first_batch)], "first batch")
+
+
+def _given(trainer: Any, pl_module: Any, data: Any, num_samples: int) -> Probe:
     with undisturbed(pl_module, mode="as_is", **live_optimizers(pl_module)):
-        if data is not None:
-            data = data(trainer, pl_module) if _is_function(data) else data
-            with _untouched(data):
-                return _transferred(trainer, pl_module, _from_user(data, num_samples)), "given"
-        loader = _single_loader(trainer)
-        if loader is not None:
-            with _untouched(loader.dataset, loader.collate_fn, getattr(trainer, "datamodule", None)):
-                indices = getattr(loader.sampler, "indices", None)  # of a SubsetRandomSampler: the rest is held out
-                batches = list(_spread(loader.dataset, num_samples, loader.collate_fn, loader.batch_size, indices))
-                if batches:
-                    return _transferred(trainer, pl_module, batches), "training dataset"
-        if first_batch is None:
-            raise MeasurementError("No probe data: the training loader gave no batch; pass data= to the monitor.")
-        return [clone_batch(first_batch)], "first batch"
+        data = data(trainer, pl_module) if _is_function(data) else data
+        with _untouched(data):
+            return Probe(_transferred(trainer, pl_module, _from_user(data, num_samples)), "given")
+
+
+def _of_training(
+    trainer: Any, pl_module: Any, loader: DataLoader[Any], num_samples: int, first_batch: Any = None
+) -> Probe:
+    """As few batches as possible, else those of the loader's own size."""
+    own = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or batch_size(first_batch)
+    fetch = partial(_fetched, trainer, pl_module, loader, num_samples)
+    if own >= min(CHUNK, num_samples, len(_indices(loader))):
+        return Probe(fetch(own), "training dataset")
+
+    def smaller() -> Probe:
+        return Probe(fetch(own), f"training dataset, in batches of {own}")
+
+    try:
+        return Probe(fetch(CHUNK), "training dataset", smaller)
+    except Exception:
+        return smaller()
+
+
+def _fetched(trainer: Any, pl_module: Any, loader: DataLoader[Any], num_samples: int, size: int) -> list[Any]:
+    # The module's transfer hooks run here, and its own augmentation: with a fixed seed, and forgotten afterwards.
+    with (
+        undisturbed(pl_module, mode="as_is", **live_optimizers(pl_module)),
+        _untouched(loader.dataset, loader.collate_fn, getattr(trainer, "datamodule", None)),
+    ):
+        batches = _spread(loader.dataset, num_samples, loader.collate_fn, size, _indices(loader))
+        return _transferred(trainer, pl_module, list(batches))
+
+
+def _indices(loader: DataLoader[Any]) -> Sequence[int]:
+    """Which samples training sees: all, or those of a SubsetRandomSampler, for the rest is held out."""
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    indices: Any = getattr(sampler, "indices", None)
+    known = hasattr(indices, "__len__") and hasattr(indices, "__getitem__")
+    return indices if known else range(len(loader.dataset))  # type: ignore[arg-type]
 
 
 def _is_function(data: Any) -> bool:
@@ -82,12 +138,12 @@ def _spread(
     Data sorted by class are covered too, also by those who use only the first of the samples.
     """
     indices = range(len(dataset)) if indices is None else indices
-    total, count = len(indices), min(num_samples, len(indices))
-    chunk = max(size or 1, min(CHUNK, count))
+    total, count, chunk = len(indices), min(num_samples, len(indices)), size or CHUNK
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     for start in range(0, count, chunk):
         chosen = [int(indices[k * total // count]) for k in order[start : start + chunk]]
-        samples = [dataset[index] for index in chosen]
+        many = getattr(dataset, "__getitems__", None)  # as a DataLoader does
+        samples = many(chosen) if many else [dataset[index] for index in chosen]
         yield torch.utils.data.default_collate(samples) if collate is None else collate(samples)
 
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial, update_wrapper
 from inspect import signature, unwrap
 from typing import Any, Literal
+from weakref import ref
 
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from lightning_plasticity.callbacks.live import live_optimizers
+from lightning_plasticity.callbacks.live import live_optimizers, quiet
 from lightning_plasticity.curvature import LossClosure
 from lightning_plasticity.nn import is_measuring
 from lightning_plasticity.nn.batches import clone_batch
@@ -21,32 +23,39 @@ from lightning_plasticity.regularization.effective_rank import RankMode
 
 
 class EngineHooks(Callback):
-    """Drives an engine from Lightning's hooks; the two callbacks below differ in where the engine comes from."""
+    """Drives an engine from Lightning's hooks; the two callbacks below differ in where the engine comes from.
 
+    A fit goes on with the count of steps of earlier fits of the same module, without their minibatches: its first
+    separate step may see fewer than the later ones. Only a run resumed from a checkpoint goes on inside a window.
+    """
+
+    updates_weights = True  # comes before the task tracker: a task ends after its last separate step
     _engine: RegularizationEngine | None = None
     _last_step = 0
-    _restored: Mapping[str, Any] | None = None
+    _in_batch = False
+    _resuming = True
 
-    def engine(self, pl_module: Any) -> RegularizationEngine:
-        """The engine of this module."""
+    def engine(self, pl_module: Any) -> tuple[RegularizationEngine, list[Regularizer]]:
+        """The engine of this module, and the regularisers it shall apply now."""
         raise NotImplementedError
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse unknown layer names before training starts."""
+        """Take the settings as they are now; refuse wrong ones and unknown layer names before training starts."""
         if stage == "fit":
-            self._engine = self.engine(pl_module)
-            self._engine.check_layers(pl_module)
+            self._engine, regularizers = self.engine(pl_module)
+            self._engine.begin_fit(pl_module, regularizers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to count optimizer steps."""
         self._last_step = trainer.global_step
-        if self._restored is not None:
-            self._running.load_state_dict(move_data_to_device(self._restored, pl_module.device))
-            self._restored = None
+        self._in_batch = False
+        # A checkpoint's minibatches are on the CPU; otherwise there are none yet.
+        self._running.load_state_dict(move_data_to_device(self._running.state_dict(), pl_module.device))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember the minibatch before the step can change it."""
         self._running.remember(batch)
+        self._in_batch = True
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         """Add to the gradients that this optimizer is about to use (already unscaled, not yet clipped)."""
@@ -56,6 +65,7 @@ class EngineHooks(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Take the separate steps that are due, once for each batch that ended in an optimizer step."""
+        self._in_batch = False
         if trainer.global_step == self._last_step:
             return
         self._last_step = trainer.global_step
@@ -64,11 +74,21 @@ class EngineHooks(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The engine's counters and remembered minibatches."""
-        return {} if self._engine is None else self._engine.state_dict()
+        if self._engine is None:
+            return {}
+        state = self._engine.state_dict()
+        if self._in_batch:
+            state["window"] = state["window"][:-1]  # a run resumed from here sees this batch again
+        return state
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Only a fit resumes; an evaluation from a checkpoint must not turn the count back."""
+        self._resuming = trainer.state.fn == "fit"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on inside the window that the checkpoint was made in."""
-        self._restored = state_dict or None
+        if self._resuming and state_dict:
+            self._running.load_state_dict(state_dict)
 
     @property
     def _running(self) -> RegularizationEngine:
@@ -78,6 +98,9 @@ class EngineHooks(Callback):
 
 class Regularization(EngineHooks):
     """Adds regularisers to any LightningModule without touching its class.
+
+    Used again in a later fit it goes on counting steps if the module is the same, else it starts over; the minibatches
+    of the earlier fit are forgotten in either case.
 
     Args:
         regularizers: what to apply, e.g. ``[EffectiveRank(1e-2), L2(1e-4)]``.
@@ -100,6 +123,7 @@ class Regularization(EngineHooks):
             )
         self.regularizers = regularizers
         self._engine = RegularizationEngine(regularizers)
+        self._module: ref[Any] | None = None  # whose steps the engine has counted
         self._undo: Callable[[], None] | None = None
 
     @classmethod
@@ -114,9 +138,14 @@ class Regularization(EngineHooks):
         """L2-ER; the arguments are the class attributes of ``L2ERMixin``."""
         return cls(l2er(rank_strength, rank_layers, rank_every_n_steps, rank_mode, l2_strength))
 
-    def engine(self, pl_module: Any) -> RegularizationEngine:
-        """The callback's own."""
-        return RegularizationEngine(self.regularizers) if self._engine is None else self._engine
+    def engine(self, pl_module: Any) -> tuple[RegularizationEngine, list[Regularizer]]:
+        """The callback's own; a new one for another module."""
+        if self._engine is None or self._module is None or self._module() is not pl_module:
+            self._engine, self._module = RegularizationEngine(self.regularizers), ref(pl_module)
+        return self._engine, self.regularizers
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_module": None}  # a weak reference cannot be pickled
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Wrap this module's training step for the fit."""
@@ -149,10 +178,9 @@ class Regularization(EngineHooks):
 class MixinRegularization(EngineHooks):
     """What ``RegularizerMixin`` gives to the Trainer; a class of its own, so that it replaces nobody's callback."""
 
-    def engine(self, pl_module: Any) -> RegularizationEngine:
-        """The module's."""
-        found: RegularizationEngine = pl_module.regularization_engine
-        return found
+    def engine(self, pl_module: Any) -> tuple[RegularizationEngine, list[Regularizer]]:
+        """The module's, and what ``configure_regularizers`` makes of the module's present settings."""
+        return pl_module.regularization_engine, pl_module.configure_regularizers()
 
 
 class RegularizedStep:
@@ -197,7 +225,8 @@ def penalised(
         return step(*args, **kwargs)
 
     def run() -> object:
-        return step(*clone_batch(args), **clone_batch(kwargs))
+        with muted(pl_module):
+            return step(*clone_batch(args), **clone_batch(kwargs))
 
     with engine.tapped(pl_module, run, partial(live_optimizers, pl_module)):
         returned = step(*args, **kwargs)
@@ -209,7 +238,14 @@ def penalised(
 
 def run_step(pl_module: LightningModule, batch: Any) -> None:
     """Run the module's training step for its activations; whether it returns a loss does not matter."""
-    LossClosure(pl_module).run(batch)
+    with muted(pl_module):
+        LossClosure(pl_module).run(batch)
+
+
+def muted(pl_module: Any) -> AbstractContextManager[None]:
+    """Inside, what the training step writes to loggers by hand goes nowhere."""
+    trainer = getattr(pl_module, "_trainer", None)
+    return nullcontext() if trainer is None else quiet(trainer)
 
 
 def with_penalty(returned: Any, penalty: Tensor) -> Any:

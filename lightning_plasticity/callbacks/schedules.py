@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 __all__ = ["EveryFit", "EveryNEpochs", "EveryNSteps", "TaskAttribute", "TaskSchedule", "find_attribute", "plain_label"]
 
@@ -79,7 +80,8 @@ class TaskAttribute(TaskSchedule):
     """A new value of an attribute of the module or the datamodule is a new task.
 
     The module is asked before the datamodule, and ``_task_id`` serves where ``task_id`` is missing. While the value is
-    None the tasks are the fits. A later fit with the same value continues the same task: it does not start again.
+    None the tasks are the fits; a property that raises counts as None, after a warning. A later fit with the same value
+    continues the same task: it does not start again.
 
     The value is read when a batch has arrived, before the module's ``on_train_batch_start``. Set it earlier: between
     fits, in ``on_train_epoch_start``, or, for a stream, in ``on_after_batch_transfer`` of the batch it belongs to.
@@ -95,6 +97,7 @@ class TaskAttribute(TaskSchedule):
             raise ValueError(f"TaskAttribute got name={name!r}; pass the name of an attribute, such as 'task_id'.")
         self.name = name
         self.ends_with_fit = ends_with_fit
+        self._warned: set[str] = set()
 
     def label(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         """Value of the attribute.
@@ -102,8 +105,10 @@ class TaskAttribute(TaskSchedule):
         Raises:
             AttributeError: if neither the module nor the datamodule has the attribute.
         """
-        value = find_attribute(trainer, pl_module, self.name, _MISSING)
+        value = find_attribute(trainer, pl_module, self.name, _MISSING, self._warned)
         if value is _MISSING:
+            if self._warned:  # it is there, but cannot be read
+                return None
             raise AttributeError(
                 f"TaskAttribute(name={self.name!r}) found no attribute {self.name!r} on {_owners(trainer, pl_module)}; "
                 "set it before the first training batch, or pass the name of an attribute that exists."
@@ -111,15 +116,34 @@ class TaskAttribute(TaskSchedule):
         return value
 
 
-def find_attribute(trainer: Trainer, pl_module: LightningModule, name: str, default: Any = None) -> Any:
-    """Value of an attribute of the module, else of the datamodule, else the default; methods do not count."""
+def find_attribute(trainer: Trainer, pl_module: LightningModule, name: str, default: Any, warned: set[str]) -> Any:
+    """Value of an attribute of the module, else of the datamodule, else the default; methods do not count.
+
+    A property that raises counts as missing; the warning goes to ``warned``, which is asked first.
+    """
     names = ("task_id", "_task_id") if name == "task_id" else (name,)
     for owner in (pl_module, getattr(trainer, "datamodule", None)):
         for candidate in names:
-            value = getattr(owner, candidate, _MISSING)
+            value = _read(owner, candidate, warned)
             if value is not _MISSING and not callable(value):
                 return value
     return default
+
+
+def _read(owner: Any, name: str, warned: set[str]) -> Any:
+    try:
+        return getattr(owner, name)
+    except Exception as error:
+        if isinstance(error, AttributeError) and not hasattr(type(owner), name):
+            return _MISSING
+        attribute = f"{type(owner).__name__}.{name}"
+        if attribute not in warned:
+            warned.add(attribute)
+            rank_zero_warn(
+                f"{attribute} raised {type(error).__name__}: {error}. As long as it does, it marks no tasks; let it "
+                "return None where there is no task."
+            )
+        return _MISSING
 
 
 def plain_label(value: Any) -> Any:

@@ -33,7 +33,8 @@ class TaskTracker(Callback):
     """Finds the boundaries between tasks and calls ``on_task_start`` and ``on_task_end``.
 
     Both hooks have the signature ``(trainer, pl_module, task)`` with the task's index from 0, and are called on every
-    object that defines them: the callbacks in the order of ``trainer.callbacks``, then the module, then the datamodule.
+    object that defines them: the callbacks in the order of ``trainer.callbacks``, those that update weights last, then
+    the module, then the datamodule.
 
     - ``on_task_start``: the new task's first batch has arrived (it is ``tracker.first_batch`` during the hook) and no
       weight has changed yet. Called from ``on_train_batch_start``.
@@ -119,8 +120,9 @@ class TaskTracker(Callback):
     def attach(trainer: Trainer, own: TaskTracker | None = None) -> TaskTracker:
         """Return the Trainer's tracker; if it has none, give it ``own`` or a new default one.
 
-        The tracker comes first among the callbacks, so that the others find its counters up to date and its hooks fire
-        before theirs. Meant for the ``setup`` hook of callbacks that need tasks.
+        The tracker comes before the other callbacks, so that they find its counters up to date and its hooks fire
+        before theirs; only callbacks with an attribute ``updates_weights = True`` stay before it, so that a task ends
+        after their last update. Meant for the ``setup`` hook of callbacks that need tasks.
 
         Raises:
             ValueError: if the Trainer has several trackers.
@@ -132,8 +134,11 @@ class TaskTracker(Callback):
         if not found:
             found = [TaskTracker() if own is None else own]
         (tracker,) = found
+        others = [callback for callback in callbacks if callback is not tracker]
+        updating = [callback for callback in others if _updates_weights(callback)]
+        watching = [callback for callback in others if not _updates_weights(callback)]
         # A new list, for Lightning may be iterating over the present one.
-        _set_callbacks(trainer, [tracker, *(callback for callback in callbacks if callback is not tracker)])
+        _set_callbacks(trainer, [*updating, tracker, *watching])
         return tracker
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -143,7 +148,8 @@ class TaskTracker(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the schedule, and drop a task that an interrupted fit left open if fits make the tasks."""
         self._loop_entered = self._saw_batch = False
-        self._chosen = _default_schedule(trainer, pl_module) if self.schedule is None else self.schedule
+        chosen = self.schedule
+        self._chosen = _default_schedule(trainer, pl_module, self._warned) if chosen is None else chosen
         self._count_from(trainer)
         if self._chosen.starts_with_fit and not self._resuming:
             self._state.in_task = False
@@ -278,13 +284,17 @@ def _set_callbacks(trainer: Any, callbacks: list[Callback]) -> None:
     trainer.callbacks = callbacks
 
 
-def _default_schedule(trainer: Trainer, pl_module: LightningModule) -> TaskSchedule:
-    return EveryFit() if find_attribute(trainer, pl_module, "task_id") is None else TaskAttribute()
+def _updates_weights(callback: Callback) -> bool:
+    return bool(getattr(callback, "updates_weights", False))
+
+
+def _default_schedule(trainer: Trainer, pl_module: LightningModule, warned: set[str]) -> TaskSchedule:
+    return EveryFit() if find_attribute(trainer, pl_module, "task_id", None, warned) is None else TaskAttribute()
 
 
 def _call_hooks(name: str, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
-    # Callbacks before the module is Lightning's own order: monitors see the weights before the module acts on them.
-    for owner in (*_callbacks(trainer), pl_module, getattr(trainer, "datamodule", None)):
+    # Callbacks before the module is Lightning's own order: monitors see the weights before anybody acts on them.
+    for owner in (*sorted(_callbacks(trainer), key=_updates_weights), pl_module, getattr(trainer, "datamodule", None)):
         hook = getattr(owner, name, None)
         if callable(hook):
             hook(trainer, pl_module, task)

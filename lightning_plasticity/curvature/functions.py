@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from lightning_plasticity.curvature.closure import LossFunction
 from lightning_plasticity.curvature.errors import MeasurementError
@@ -20,6 +21,8 @@ from lightning_plasticity.curvature.measure import (
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.nn import Mode
 from lightning_plasticity.nn.batches import map_tensors
+
+GRAM_METHODS = ("auto", "exact")
 
 
 def hessian_spectrum(
@@ -74,6 +77,7 @@ def ggn_spectrum(
     data: Any,
     *,
     params: str | Sequence[str] | None = None,
+    method: Literal["auto", "exact"] = "auto",
     max_rows: int | None = 5000,
     mode: Mode = "frozen",
     seed: int = 0,
@@ -85,6 +89,7 @@ def ggn_spectrum(
         loss_fn: as in ``hessian_spectrum``; must be convex in the outputs.
         data: as in ``hessian_spectrum``.
         params: as in ``hessian_spectrum``.
+        method: there is one, the Gram matrix, which is exact; both names mean it.
         max_rows: bound on the Gram matrix's size, N (C - 1) for cross-entropy; only the first samples that fit are used
             (``num_samples`` of the result says how many). Its decomposition takes about (rows / 1500)^3 / 2 seconds.
         mode: as in ``hessian_spectrum``.
@@ -103,6 +108,7 @@ def ggn_spectrum(
         >>> ggn_spectrum(net, torch.nn.CrossEntropyLoss(), data).epsilon_rank(1e-6).value  # (4 + 1) * (3 - 1)
         10.0
     """
+    _check_gram_method(method)
     measured = Measured(model, as_batches(data, model), loss_fn, params, mode, seed)
     return measure_gram(measured, "ggn", max_rows=max_rows)
 
@@ -113,6 +119,7 @@ def ntk_spectrum(
     data: Any,
     *,
     params: str | Sequence[str] | None = None,
+    method: Literal["auto", "exact"] = "auto",
     max_rows: int | None = 5000,
     mode: Mode = "frozen",
     seed: int = 0,
@@ -122,6 +129,7 @@ def ntk_spectrum(
     Arguments as in ``ggn_spectrum``; the loss only serves to find the outputs. Reported over the P coordinates, like
     the other spectra, so that counts compare.
     """
+    _check_gram_method(method)
     measured = Measured(model, as_batches(data, model), loss_fn, params, mode, seed)
     return measure_gram(measured, "ntk", max_rows=max_rows)
 
@@ -131,11 +139,17 @@ def as_batches(data: Any, model: nn.Module) -> list[Any]:
 
     Raises:
         MeasurementError: when there is none.
+        TypeError: for data that holds no batches.
     """
-    if isinstance(data, tuple | list) and len(data) == 2 and all(_is_batched(part) for part in data):
-        data = [data]
-    elif not isinstance(data, Iterable):
+    if isinstance(data, Dataset):
+        raise TypeError(
+            f"data is a {type(data).__name__}, which gives single samples; pass "
+            "torch.utils.data.DataLoader(data, batch_size=...)."
+        )
+    if not isinstance(data, Iterable):
         raise TypeError(f"data is {type(data).__name__}, expected (inputs, targets) or an iterable of such pairs.")
+    if _is_one_pair(data):
+        data = [data]
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     batches = [map_tensors(batch, lambda tensor: tensor.to(device)) for batch in data]
     if not batches:
@@ -143,6 +157,16 @@ def as_batches(data: Any, model: nn.Module) -> list[Any]:
     return batches
 
 
-def _is_batched(part: Any) -> bool:
-    """Inputs or targets, and not a pair of them."""
-    return isinstance(part, Tensor | dict)
+def _is_one_pair(data: Any) -> bool:
+    """``(inputs, targets)``, where several inputs are a tuple or a dict; targets that are a tuple are a second pair."""
+    if not isinstance(data, tuple | list) or len(data) != 2 or not isinstance(data[1], Tensor | dict):
+        return False
+    inputs = data[0]
+    return isinstance(inputs, Tensor | dict) or (
+        isinstance(inputs, tuple | list) and all(isinstance(part, Tensor) for part in inputs)
+    )
+
+
+def _check_gram_method(method: str) -> None:
+    if method not in GRAM_METHODS:
+        raise ValueError(f"method={method!r}, expected one of {GRAM_METHODS}.")

@@ -8,12 +8,14 @@ measurement; a layer that fails (weights used elsewhere too, samples that mix) g
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.layers import (
     Factors,
     LayerCall,
@@ -21,23 +23,41 @@ from lightning_plasticity.curvature.layers import (
     add_gram,
     add_rows,
     concatenate,
-    concatenate_rows,
     contract,
     factors,
 )
 
 VMAP_ROWS = 32  # gradient rows that one vectorised backward pass computes
+MAX_ROW_BYTES = 2**31  # explicit gradient rows held at once; more coordinates take more backward passes
+MAX_PASSES = 32  # times that the backward passes are repeated for that; beyond, the measurement is refused
 CHECK_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 
 
 @dataclass
 class GramRows:
-    """What one batch contributes: layer factors, and explicit rows of the parameters without a shortcut."""
+    """What one batch contributes.
+
+    Attributes:
+        num_samples: N.
+        columns: (R, N, ...) directions in output space.
+        layers: factors of the layers that took their shortcut.
+        general: the other parameters, whose explicit rows ``assemble`` computes.
+        outputs: (N', ...) outputs with their graph, from which it does; None when there are no others.
+        num_backward: backward passes spent.
+    """
 
     num_samples: int
+    columns: Tensor
     layers: dict[nn.Module, Factors]
-    general: dict[nn.Parameter, Tensor]
+    general: list[nn.Parameter]
+    outputs: Tensor | None
     num_backward: int
+
+    def scale(self, factor: float) -> None:
+        """Multiply all rows."""
+        self.columns = self.columns * factor
+        for layer in self.layers.values():
+            layer.gradients.mul_(factor)
 
 
 @dataclass(frozen=True)
@@ -57,7 +77,7 @@ def collect_rows(
     parameters: Sequence[nn.Parameter],
     excluded: Collection[nn.Module] = (),
 ) -> GramRows:
-    """Gradient rows of one batch.
+    """Gradient rows of one batch; ``assemble`` them before the module's weights are touched.
 
     Args:
         outputs: (N', ...) outputs with their graph; N' may exceed N, then only the first N samples have rows.
@@ -66,37 +86,35 @@ def collect_rows(
         parameters: the parameters that count.
         excluded: layers that must not take their shortcut.
     """
-    num_samples = columns.shape[1]
     trainable: set[Tensor] = set(parameters)
     calls = [call for call in _usable(taps, trainable, outputs.shape[0]) if call.module not in excluded]
     if not len(columns):  # a loss without curvature, such as a softmax over one class
         calls = []
     gradients = _output_gradients(outputs, columns, calls)
-    layers = {
-        call.module: factors(call, gradient, num_samples, trainable)
-        for call, gradient in zip(calls, gradients, strict=True)
-    }
+    layers = {call.module: factors(call, gradient, trainable) for call, gradient in zip(calls, gradients, strict=True)}
     covered = _verified(outputs, columns, layers)
     layers = {module: layer for module, layer in layers.items() if module in covered}
     done = {p for layer in layers.values() for p in (layer.weight, layer.bias) if p is not None}
     rest = [parameter for parameter in parameters if parameter not in done]
-    general = _general_rows(outputs, columns, rest)
-    return GramRows(num_samples, layers, general, num_backward=len(columns) + 1)
+    return GramRows(columns.shape[1], columns, layers, rest, outputs if rest else None, num_backward=len(columns) + 1)
 
 
 def assemble(batches: Sequence[GramRows]) -> Gram:
-    """Sum the shares of all parameters over batches that took the same routes (no ``disagreements``)."""
-    fast, general = list(batches[0].layers), list(batches[0].general)
+    """Sum the shares of all parameters over batches that took the same routes (no ``disagreements``).
+
+    Raises:
+        MeasurementError: when the parameters without a shortcut have too many explicit rows.
+    """
+    fast, general = list(batches[0].layers), batches[0].general
     num_samples = sum(batch.num_samples for batch in batches)
-    num_columns = _num_columns(batches)
-    some = next(iter(_tensors(batches)), None)
-    device = some.device if some is not None else torch.device("cpu")
-    gram = torch.zeros(num_columns, num_samples, num_columns, num_samples, dtype=torch.float64, device=device)
+    num_columns = max(len(batch.columns) for batch in batches)  # sequences of several lengths differ in R
+    shape = (num_columns, num_samples, num_columns, num_samples)
+    gram = torch.zeros(shape, dtype=torch.float64, device=batches[0].columns.device)
     for module in fast:
         add_gram(gram, concatenate([batch.layers[module] for batch in batches]))
-    for parameter in general:
-        add_rows(gram, concatenate_rows([batch.general[parameter] for batch in batches]))
     size = num_columns * num_samples
+    for block in _blocks(general, size):
+        add_rows(gram, _explicit_rows(batches, block, num_columns))
     return Gram(gram.view(size, size), num_samples, sum(batch.num_backward for batch in batches), general)
 
 
@@ -107,19 +125,6 @@ def disagreements(batches: Sequence[GramRows]) -> set[nn.Module]:
     for layers in taken:
         every, common = every | layers, common & layers
     return every - common
-
-
-def _tensors(batches: Sequence[GramRows]) -> list[Tensor]:
-    return [layer.gradients for layer in batches[0].layers.values()] + list(batches[0].general.values())
-
-
-def _num_columns(batches: Sequence[GramRows]) -> int:
-    """R, of the batch that has most (sequences of several lengths)."""
-    counts = [0]
-    for batch in batches:
-        counts += [layer.gradients.shape[1] for layer in batch.layers.values()]
-        counts += [len(rows) for rows in batch.general.values()]
-    return max(counts)
 
 
 def _usable(taps: LayerTaps, trainable: set[Tensor], batch_size: int) -> list[LayerCall]:
@@ -142,18 +147,19 @@ def _usable(taps: LayerTaps, trainable: set[Tensor], batch_size: int) -> list[La
 
 
 def _output_gradients(outputs: Tensor, columns: Tensor, calls: Sequence[LayerCall]) -> list[Tensor]:
-    """(R, N', ...) gradients at each layer's output, one backward pass for each column."""
+    """(R, N, ...) gradients at each layer's output for the first N samples, one backward pass for each column."""
     targets = [call.output for call in calls]
     if not targets:
         return []
-    found: list[list[Tensor]] = [[] for _ in targets]
-    for column in columns:
+    found = [target.new_zeros(*columns.shape[:2], *target.shape[1:]) for target in targets]
+    for index, column in enumerate(columns):
         gradients = torch.autograd.grad(
             outputs, targets, _padded(column, outputs), retain_graph=True, allow_unused=True
         )
-        for slot, gradient, target in zip(found, gradients, targets, strict=True):
-            slot.append(torch.zeros_like(target) if gradient is None else gradient)
-    return [torch.stack(slot) for slot in found]
+        for slot, gradient in zip(found, gradients, strict=True):
+            if gradient is not None:
+                slot[index] = gradient[: columns.shape[1]]
+    return found
 
 
 def _padded(column: Tensor, outputs: Tensor) -> Tensor:
@@ -190,22 +196,65 @@ def _agrees(value: Tensor, truth: Tensor | None) -> bool:
     return bool((value - truth).norm() <= tolerance * truth.norm() + torch.finfo(value.dtype).tiny)
 
 
-def _general_rows(outputs: Tensor, columns: Tensor, parameters: Sequence[nn.Parameter]) -> dict[nn.Parameter, Tensor]:
-    """(R, N, p) explicit gradient rows of each parameter, by vectorised backward passes."""
-    if not parameters:
-        return {}
-    num_columns, num_samples = columns.shape[:2]
-    chunks: dict[nn.Parameter, list[Tensor]] = {parameter: [] for parameter in parameters}
-    for start in range(0, num_columns * num_samples, VMAP_ROWS):
-        directions = _one_sample_each(columns, range(start, min(start + VMAP_ROWS, num_columns * num_samples)), outputs)
-        for parameter, rows in zip(parameters, _batched_grad(outputs, parameters, directions), strict=True):
-            chunks[parameter].append(rows)
-    return {
-        parameter: torch.cat(rows).reshape(num_columns, num_samples, -1)
-        if rows
-        else outputs.new_zeros(num_columns, num_samples, parameter.numel())
-        for parameter, rows in chunks.items()
-    }
+@dataclass(frozen=True)
+class _Slice:
+    """Some coordinates of a flattened parameter."""
+
+    parameter: nn.Parameter
+    start: int
+    stop: int
+
+
+def _blocks(parameters: Sequence[nn.Parameter], num_rows: int) -> Iterator[list[_Slice]]:
+    """The coordinates of all parameters, cut so that the explicit rows of a block take ``MAX_ROW_BYTES``."""
+    if not parameters or not num_rows:
+        return
+    itemsize = max(parameter.dtype.itemsize for parameter in parameters)
+    total = sum(parameter.numel() for parameter in parameters)
+    room = max(1, MAX_ROW_BYTES // (num_rows * itemsize))
+    if math.ceil(total / room) > MAX_PASSES:
+        raise MeasurementError(
+            f"{num_rows} explicit gradient rows of {total} parameters without a shortcut take "
+            f"{num_rows * total * itemsize / 2**30:.3g} GiB; "
+            f"the limit is {MAX_PASSES * MAX_ROW_BYTES / 2**30:.3g} GiB, in turns. "
+            "Lower max_rows or probe_samples, choose params=..., or measure the Hessian only: "
+            "quantities=('hessian',)."
+        )
+    block: list[_Slice] = []
+    left = room
+    for parameter in parameters:
+        start = 0
+        while start < parameter.numel():
+            stop = min(start + left, parameter.numel())
+            block.append(_Slice(parameter, start, stop))
+            left -= stop - start
+            start = stop
+            if not left:
+                yield block
+                block, left = [], room
+    if block:
+        yield block
+
+
+def _explicit_rows(batches: Sequence[GramRows], block: Sequence[_Slice], num_columns: int) -> Tensor:
+    """(R, N, p) gradient rows of a block of coordinates, by vectorised backward passes; zeros for missing columns."""
+    parameters = [part.parameter for part in block]
+    num_samples = sum(batch.num_samples for batch in batches)
+    width = sum(part.stop - part.start for part in block)
+    dtype = max((parameter.dtype for parameter in parameters), key=lambda dtype: torch.finfo(dtype).bits)
+    rows = torch.zeros(num_columns, num_samples, width, dtype=dtype, device=parameters[0].device)
+    offset = 0
+    for batch in batches:
+        assert batch.outputs is not None
+        for start in range(0, len(batch.columns) * batch.num_samples, VMAP_ROWS):
+            indices = range(start, min(start + VMAP_ROWS, len(batch.columns) * batch.num_samples))
+            directions = _one_sample_each(batch.columns, indices, batch.outputs)
+            found = _batched_grad(batch.outputs, parameters, directions)
+            flat = torch.cat([row[:, part.start : part.stop] for row, part in zip(found, block, strict=True)], dim=1)
+            place = torch.tensor(indices, device=rows.device)
+            rows[place // batch.num_samples, offset + place % batch.num_samples] = flat.to(dtype)
+        offset += batch.num_samples
+    return rows
 
 
 def _one_sample_each(columns: Tensor, indices: range, outputs: Tensor) -> Tensor:

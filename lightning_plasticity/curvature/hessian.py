@@ -41,29 +41,32 @@ class HessianOperator:
     def matvec(self, vector: Tensor) -> Tensor:
         """(P,) -> (P,)."""
         self.num_products += 1
-        return self._product(self._split(vector), batched=False)
+        return self._product(vector, batched=False)
 
     def matmat(self, vectors: Tensor) -> Tensor:
         """(k, P) -> (k, P), several products in one backward pass where the network allows it."""
         self.num_products += len(vectors)
         try:
-            return self._product(self._split(vectors), batched=True)
+            return self._product(vectors, batched=True)
         except RuntimeError:
-            return torch.stack([self._product(self._split(vector), batched=False) for vector in vectors])
+            return torch.stack([self._product(vector, batched=False) for vector in vectors])
 
     def _split(self, vector: Tensor) -> list[Tensor]:
-        parts, start = [], 0
-        for parameter in self.parameters:
-            part = vector[..., start : start + parameter.numel()]
-            parts.append(part.reshape(*vector.shape[:-1], *parameter.shape).to(parameter.dtype))
-            start += parameter.numel()
-        return parts
+        """Views of a flat vector (or of several), one for each parameter."""
+        parts = torch.split(vector, [parameter.numel() for parameter in self.parameters], dim=-1)
+        shapes = [(*vector.shape[:-1], *parameter.shape) for parameter in self.parameters]
+        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def _product(self, directions: list[Tensor], batched: bool) -> Tensor:
-        lead = directions[0].shape[:1] if batched else torch.Size()
-        total = torch.zeros(*lead, self.num_params, dtype=self.dtype, device=self.device)
+    def _product(self, vector: Tensor, batched: bool) -> Tensor:
+        vector = vector.contiguous()
+        total = torch.zeros(vector.shape, dtype=self.dtype, device=self.device)
+        directions, slots = self._split(vector), self._split(total)
         for weight, gradients in zip(self._weights, self._gradients, strict=True):
-            pairs = [(g, d) for g, d in zip(gradients, directions, strict=True) if g is not None and g.requires_grad]
+            pairs = [
+                (g, d.to(g.dtype))
+                for g, d in zip(gradients, directions, strict=True)
+                if g is not None and g.requires_grad
+            ]
             if not pairs:  # a loss linear in all parameters
                 continue
             found = torch.autograd.grad(
@@ -74,13 +77,9 @@ class HessianOperator:
                 allow_unused=True,
                 is_grads_batched=batched,
             )
-            flat = [
-                torch.zeros(*lead, parameter.numel(), dtype=self.dtype, device=self.device)
-                if part is None
-                else part.reshape(*lead, -1).to(self.dtype)
-                for part, parameter in zip(found, self.parameters, strict=True)
-            ]
-            total += weight * torch.cat(flat, dim=-1)
+            for slot, part in zip(slots, found, strict=True):
+                if part is not None:
+                    slot.add_(part, alpha=weight)
         return total
 
     def live_coordinates(self, generator: torch.Generator) -> Tensor:

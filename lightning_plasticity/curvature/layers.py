@@ -59,10 +59,11 @@ class Factors:
     """A layer's inputs and output gradients, cut in groups and positions.
 
     Attributes:
-        inputs: (groups, N, k, L): what multiplies the weights, at each of L positions.
+        inputs: (groups, N, k, L): what multiplies the weights, at each of L positions; row numbers for a lookup.
         gradients: (groups, R, N, O, L): gradients of R output columns at the layer's output.
         diagonal: whether the layer scales features one by one (norms), so that input and gradient are multiplied, and
             k = O.
+        lookup: whether the layer is a table whose rows the inputs name, k = 1; its gradient rows are (table rows, O).
         weight: the weight, or None when it is frozen; its gradient rows are (O, k), or (O,) when diagonal.
         bias: the bias, or None.
     """
@@ -72,6 +73,7 @@ class Factors:
     diagonal: bool
     weight: nn.Parameter | None
     bias: nn.Parameter | None
+    lookup: bool = False
 
 
 def linear_patches(module: nn.Linear, x: Tensor) -> Tensor:
@@ -104,6 +106,11 @@ def norm_patches(module: Any, x: Tensor) -> Tensor:
     return normalised.reshape(x.shape[0], x.shape[1], -1)[None]
 
 
+def lookup_patches(module: nn.Embedding, x: Tensor) -> Tensor:
+    """(1, N, 1, L): which row of the table each position takes."""
+    return x.reshape(x.shape[0], 1, -1)[None]
+
+
 def patches_of(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
     """The patch function of a layer that has a shortcut and parameters of its own, else None."""
     own = module._parameters
@@ -115,20 +122,22 @@ def patches_of(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
         return conv_patches
     if isinstance(module, nn.LayerNorm | nn.GroupNorm):
         return norm_patches
+    if isinstance(module, nn.Embedding) and module.max_norm is None and not module.sparse:
+        return lookup_patches
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None and not module.training:
         return norm_patches
     return None
 
 
-def factors(call: LayerCall, gradients: Tensor, num_samples: int, trainable: set[Tensor]) -> Factors:
-    """Cut one layer call into ``Factors`` over its first samples; ``gradients`` is (R, N, ...) like the output."""
+def factors(call: LayerCall, gradients: Tensor, trainable: set[Tensor]) -> Factors:
+    """Cut one layer call into ``Factors``; ``gradients`` is (R, N, ...), of the first N samples of the output."""
     module: Any = call.module
     patches = patches_of(call.module)
     assert patches is not None
-    inputs = patches(module, call.input[:num_samples])
-    gradients = gradients[:, :num_samples]
-    if isinstance(module, nn.Linear):
-        gradients = gradients.reshape(*gradients.shape[:2], -1, module.out_features).transpose(2, 3)
+    inputs = patches(module, call.input[: gradients.shape[1]])
+    if isinstance(module, nn.Linear | nn.Embedding):
+        width = module.out_features if isinstance(module, nn.Linear) else module.embedding_dim
+        gradients = gradients.reshape(*gradients.shape[:2], -1, width).transpose(2, 3)
     elif isinstance(module, nn.LayerNorm):
         gradients = gradients.reshape(*gradients.shape[:2], -1, module.weight.numel()).transpose(2, 3)
     else:
@@ -137,12 +146,15 @@ def factors(call: LayerCall, gradients: Tensor, num_samples: int, trainable: set
     size = gradients.shape[2] // groups
     grouped = gradients.reshape(*gradients.shape[:2], groups, size, gradients.shape[3]).permute(2, 0, 1, 3, 4)
     bias = module._parameters.get("bias")
+    if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        grouped = grouped * (inputs != module.padding_idx)[:, None]
     return Factors(
         inputs,
         grouped,
         diagonal=patches is norm_patches,
         weight=module.weight if module.weight in trainable else None,
         bias=bias if bias is not None and bias in trainable else None,
+        lookup=patches is lookup_patches,
     )
 
 
@@ -158,13 +170,7 @@ def concatenate(parts: list[Factors]) -> Factors:
     columns = max(part.gradients.shape[1] for part in parts)
     inputs = torch.cat([_padded_to(part.inputs, {3: length}) for part in parts], dim=1)
     gradients = torch.cat([_padded_to(part.gradients, {1: columns, 4: length}) for part in parts], dim=2)
-    return Factors(inputs, gradients, first.diagonal, first.weight, first.bias)
-
-
-def concatenate_rows(parts: list[Tensor]) -> Tensor:
-    """Explicit rows (R, N_b, p) of several batches as (R, N, p), zeros for the columns that a batch does not have."""
-    columns = max(len(part) for part in parts)
-    return torch.cat([_padded_to(part, {0: columns}) for part in parts], dim=1)
+    return Factors(inputs, gradients, first.diagonal, first.weight, first.bias, first.lookup)
 
 
 def _padded_to(tensor: Tensor, sizes: dict[int, int]) -> Tensor:
@@ -177,6 +183,10 @@ def contract(layer: Factors, mix: Tensor) -> list[tuple[nn.Parameter, Tensor]]:
     """The gradient sum_{r,n} mix[r, n] row[r, n] of each parameter, from the factors alone (to check them)."""
     g = torch.einsum("grnol,rn->gnol", layer.gradients, mix.to(layer.gradients.dtype))
     out = []
+    if layer.lookup:
+        assert layer.weight is not None
+        table = torch.zeros_like(layer.weight, dtype=g.dtype)
+        return [(layer.weight, table.index_add_(0, layer.inputs.flatten(), g[0].mT.flatten(0, 1)))]
     if layer.weight is not None:
         pattern = "gnol,gnol->go" if layer.diagonal else "gnol,gnkl->gok"
         out.append((layer.weight, torch.einsum(pattern, g, layer.inputs).reshape(layer.weight.shape)))
@@ -189,6 +199,9 @@ def add_gram(gram: Tensor, layer: Factors) -> None:
     """Add a layer's share to the (R, N, R, N) float64 Gram matrix, by the cheaper of its routes."""
     num_groups, num_columns, num_samples, size, positions = layer.gradients.shape
     num_rows, num_inputs = num_columns * num_samples, layer.inputs.shape[2]
+    if layer.lookup:
+        _add_lookup(gram, layer)
+        return
     if layer.diagonal:
         _add_diagonal(gram, layer)
         return
@@ -255,3 +268,21 @@ def _add_diagonal(gram: Tensor, layer: Factors) -> None:
         add_rows(gram, torch.einsum("rnol,nol->rno", g, layer.inputs[0]))
     if layer.bias is not None:
         add_rows(gram, g.sum(dim=3))
+
+
+def _add_lookup(gram: Tensor, layer: Factors) -> None:
+    """Sum over pairs of positions that take the same row of the table, one table row at a time."""
+    g, rows = layer.gradients[0], layer.inputs[0, :, 0]  # (R, N, O, L), (N, L)
+    num_columns, num_samples, size, _ = g.shape
+    pairs = rows * num_samples + torch.arange(num_samples, device=rows.device)[:, None]
+    pairs, positions = torch.unique(pairs, return_inverse=True)  # (table row, sample), sorted
+    sums = g.new_zeros(len(pairs), num_columns, size)
+    sums.index_add_(0, positions.flatten(), g.permute(1, 3, 0, 2).reshape(-1, num_columns, size))
+    lengths = torch.unique_consecutive(pairs // num_samples, return_counts=True)[1].tolist()
+    flat = gram.view(num_columns * num_samples, -1)
+    first = num_samples * torch.arange(num_columns, device=rows.device)
+    parts = zip(torch.split(pairs % num_samples, lengths), torch.split(sums, lengths), strict=True)
+    for samples, own in parts:
+        own = own.flatten(0, 1)
+        index = (samples[:, None] + first).flatten()
+        flat[index[:, None], index] += (own @ own.T).to(gram.dtype)

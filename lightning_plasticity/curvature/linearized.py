@@ -147,8 +147,8 @@ class _Start:
 def _residuals(measured: Measured) -> _Start:
     parts, sizes, curvatures = [], [], set()
     dtype = torch.float64
-    for index, batch in enumerate(measured.batches):
-        with measured.open() as closure:
+    with measured.open() as closure:
+        for index, batch in enumerate(measured.batches):
             loss = _require_outputs(closure(batch, index))
             parts.append(_residual(loss))
             sizes.append(loss.num_samples)
@@ -190,15 +190,16 @@ def _exact(measured: Measured, parameters: Sequence[nn.Parameter], start: _Start
     """All eigenpairs of the Gram matrix; its rows are (output, sample), like the residual's entries."""
     excluded: set[nn.Module] = set()
     while True:
-        batches: list[GramRows] = []
-        for index, batch in enumerate(measured.batches):
-            with measured.open() as closure, LayerTaps(measured.module) as taps:
-                loss = _require_outputs(closure(batch, index))
+        with measured.open() as closure:
+            batches: list[GramRows] = []
+            for index, batch in enumerate(measured.batches):
+                with LayerTaps(measured.module) as taps:
+                    loss = _require_outputs(closure(batch, index))
                 batches.append(collect_rows(loss.outputs, _unit_columns(loss.outputs), taps, parameters, excluded))
-        if not (torn := disagreements(batches)):
-            break
+            if not (torn := disagreements(batches)):
+                gram = assemble(batches)
+                break
         excluded |= torn
-    gram = assemble(batches)
     values, vectors = torch.linalg.eigh(_finite(gram.matrix) / gram.num_samples)
     coefficients = vectors.T @ start.residual.to(vectors.device).flatten()
     return {

@@ -17,7 +17,7 @@ from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.gram import Gram, GramRows, assemble, collect_rows, disagreements
 from lightning_plasticity.curvature.hessian import MAX_ASYMMETRY, HessianOperator
 from lightning_plasticity.curvature.layers import LayerTaps
-from lightning_plasticity.curvature.output_loss import OutputLoss
+from lightning_plasticity.curvature.output_loss import OutputLoss, batch_shares
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.linalg import stochastic_lanczos_quadrature
 from lightning_plasticity.nn import Mode, undisturbed
@@ -112,11 +112,11 @@ def measure_hessian(
     with measured.open() as closure:
         evaluations = _evaluate_all(measured, closure)
         total = sum(evaluation.num_samples for evaluation in evaluations)
-        operator = HessianOperator(
-            [evaluation.loss for evaluation in evaluations],
-            [evaluation.num_samples / total for evaluation in evaluations],
-            parameters,
+        shares = batch_shares(
+            [evaluation.output_loss for evaluation in evaluations],
+            [evaluation.num_samples for evaluation in evaluations],
         )
+        operator = HessianOperator([evaluation.loss for evaluation in evaluations], shares, parameters)
         if check_symmetry:
             _check_symmetry(operator, evaluations, generator)
         live = operator.live_coordinates(generator)
@@ -148,6 +148,8 @@ def measure_hessian(
     if quadrature is None:
         return Spectrum.from_eigenvalues(values, operator.num_params, **about)
     about["settings"]["num_steps"] = len(values)
+    if _affordable_steps(num_steps, operator) < num_steps:
+        about["settings"]["num_steps_wanted"] = num_steps  # the basis had no room for them
     return Spectrum.from_quadrature(quadrature, operator.num_params, **about)
 
 
@@ -155,33 +157,19 @@ def measure_gram(measured: Measured, matrix: Literal["ggn", "ntk"], *, max_rows:
     """The GGN's or the NTK's exact spectrum; arguments as in ``ggn_spectrum``."""
     started = time.perf_counter()
     parameters = measured.parameters()
-    note = ""
     excluded: set[nn.Module] = set()
     while True:
-        batches: list[GramRows] = []
-        room = None
-        for index, batch in enumerate(measured.batches):
-            with measured.open() as closure, LayerTaps(measured.module) as taps:
-                evaluation = closure(clone_batch(batch), index)  # a step may change its batch, and this may run twice
-                output_loss, note = _require_outputs(evaluation), evaluation.note
-                per_sample = _columns_per_sample(output_loss, matrix)
-                room = max(1, max_rows // max(1, per_sample)) if room is None and max_rows is not None else room
-                take = output_loss.num_samples if room is None else min(room, output_loss.num_samples)
-                columns = _columns(output_loss.first(take), matrix)
-                batches.append(collect_rows(output_loss.outputs, columns, taps, parameters, excluded))
-                dtypes = {output_loss.outputs.dtype, *(parameter.dtype for parameter in parameters)}
-                room = None if room is None else room - take
-            if room == 0:
+        with measured.open() as closure:
+            rows = _gram_rows(measured, closure, matrix, parameters, max_rows, excluded)
+            if not (torn := disagreements(rows.batches)):
+                gram = assemble(rows.batches)
                 break
-        if not (torn := disagreements(batches)):
-            break
         excluded |= torn
-    gram = assemble(_as_one_mean(batches) if matrix == "ggn" else batches)
     values = torch.linalg.eigvalsh(_finite(gram.matrix)) / (gram.num_samples if matrix == "ntk" else 1)
     num_params = sum(parameter.numel() for parameter in parameters)
     values = values.clamp_min(0.0)[-num_params:]
     top = float(values.max()) if len(values) else 0.0
-    dtype = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    dtype = max((rows.dtype, *(parameter.dtype for parameter in parameters)), key=lambda dtype: torch.finfo(dtype).eps)
     return Spectrum.from_eigenvalues(
         values,
         num_params,
@@ -191,14 +179,55 @@ def measure_gram(measured: Measured, matrix: Literal["ggn", "ntk"], *, max_rows:
         num_products=gram.num_backward,
         seconds=time.perf_counter() - started,
         resolution=RESOLUTION.get(dtype, 1e-2) * top,
-        settings=_gram_settings(gram, measured, dtype, note),
+        settings=_gram_settings(gram, measured, dtype, rows.note),
     )
 
 
+@dataclass(frozen=True)
+class _Rows:
+    batches: list[GramRows]
+    dtype: torch.dtype
+    note: str
+
+
+def _gram_rows(
+    measured: Measured,
+    closure: LossClosure,
+    matrix: Literal["ggn", "ntk"],
+    parameters: Sequence[nn.Parameter],
+    max_rows: int | None,
+    excluded: set[nn.Module],
+) -> _Rows:
+    """Rows of the first samples that fit, those of the GGN scaled so that batches add up to the loss on all of them."""
+    batches: list[GramRows] = []
+    losses: list[OutputLoss] = []
+    rows_each = used = 0
+    dtype, note = torch.float64, ""
+    for index, batch in enumerate(measured.batches):
+        with LayerTaps(measured.module) as taps:
+            evaluation = closure(clone_batch(batch), index)  # a step may change its batch, and this may run twice
+        loss, note = _require_outputs(evaluation), evaluation.note
+        rows_each = max(rows_each, _columns_per_sample(loss, matrix))
+        take = _affordable_samples(max_rows, rows_each, used, loss.num_samples)
+        if take == 0:
+            break
+        losses.append(loss.first(take))
+        columns = _columns(losses[-1], matrix)
+        batches.append(collect_rows(loss.outputs, columns, taps, parameters, excluded))
+        used, dtype = used + take, loss.outputs.dtype
+        if max_rows is not None and (used + 1) * rows_each > max_rows:
+            break
+    if matrix == "ggn":
+        shares = batch_shares(losses, [batch.num_samples for batch in batches])
+        for rows, share in zip(batches, shares, strict=True):
+            rows.scale(share**0.5)
+    return _Rows(batches, dtype, note)
+
+
 def _affordable_steps(num_steps: int, operator: HessianOperator) -> int:
-    """As many of the steps as the basis has room for, but enough for a largest eigenvalue; the record says how many."""
+    """As many of the steps as the basis has room for, and at least two; the record says how many."""
     room = MAX_BASIS_BYTES // (operator.num_params * operator.dtype.itemsize)
-    return min(num_steps, max(room, 10))
+    return min(num_steps, max(room, 2))
 
 
 def _gram_settings(gram: Gram, measured: Measured, dtype: torch.dtype, note: str) -> dict[str, Any]:
@@ -209,18 +238,6 @@ def _gram_settings(gram: Gram, measured: Measured, dtype: torch.dtype, note: str
     if note:
         settings["note"] = note
     return settings
-
-
-def _as_one_mean(batches: list[GramRows]) -> list[GramRows]:
-    """Turn means over each batch into a mean over all samples: rows of batch b times sqrt(N_b / N)."""
-    total = sum(batch.num_samples for batch in batches)
-    for batch in batches:
-        factor = (batch.num_samples / total) ** 0.5
-        for layer in batch.layers.values():
-            layer.gradients.mul_(factor)
-        for rows in batch.general.values():
-            rows.mul_(factor)
-    return batches
 
 
 def _columns_per_sample(loss: OutputLoss, matrix: str) -> int:
@@ -238,6 +255,22 @@ def _columns(loss: OutputLoss, matrix: str) -> Tensor:
     size = loss.outputs[0].numel()
     units = torch.eye(size, dtype=torch.float64, device=loss.outputs.device)[:, None, :]
     return units.expand(size, loss.num_samples, size).reshape(size, *loss.outputs.shape).clone()
+
+
+def _affordable_samples(max_rows: int | None, rows_each: int, used: int, offered: int) -> int:
+    """How many of the offered samples fit beside those in use.
+
+    Raises:
+        MeasurementError: when not even one does.
+    """
+    if max_rows is None:
+        return offered
+    if rows_each > max_rows and not used:
+        raise MeasurementError(
+            f"One sample has {rows_each} Gram rows (one for each output that counts), more than max_rows={max_rows}. "
+            f"Pass max_rows={rows_each} or more, or measure the Hessian only: quantities=('hessian',)."
+        )
+    return max(0, min(offered, max_rows // max(1, rows_each) - used))
 
 
 def _evaluate_all(measured: Measured, closure: LossClosure) -> list[Evaluation]:

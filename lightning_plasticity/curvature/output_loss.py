@@ -7,7 +7,7 @@ S^T J J^T S. For softmax cross-entropy S has C - 1 columns a sample and no cance
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -45,6 +45,14 @@ class OutputLoss:
         """The loss function's name."""
         return getattr(self.function, "__name__", type(self.function).__name__)
 
+    @property
+    def normaliser(self) -> float | None:
+        """What a mean divides its sum by; 0 for a sum, None for a loss that is not known here."""
+        reduction = self.options.get("reduction", "mean")
+        if self.function not in NORMALISERS or reduction not in ("mean", "sum"):
+            return None
+        return NORMALISERS[self.function](self) if reduction == "mean" else 0.0
+
     def first(self, num_samples: int) -> OutputLoss:
         """The same loss on the first samples only (a mean over them, where the loss is a mean)."""
         total = self.num_samples
@@ -81,6 +89,19 @@ class OutputLoss:
         return replace(self, targets=map_tensors(self.targets, cast), options=map_tensors(dict(self.options), cast))
 
 
+def batch_shares(losses: Sequence[OutputLoss | None], sizes: Sequence[int]) -> list[float]:
+    """What to multiply the batches' losses by, so that they add up to the loss on all samples at once.
+
+    Means are weighted by what they were divided by, sums are added; losses that are not known are taken as means over
+    samples.
+    """
+    found = [None if loss is None else loss.normaliser for loss in losses]
+    weights = [float(size) for size in sizes] if None in found else [weight for weight in found if weight is not None]
+    if not any(weights):
+        return [1.0] * len(weights)
+    return [weight / sum(weights) for weight in weights]
+
+
 def _cross_entropy_factor(loss: OutputLoss) -> Tensor | None:
     """Columns sqrt(omega) diag(sqrt p) Q, Q the first C-1 of the Householder matrix that maps sqrt(p) to -e_C."""
     outputs = loss.outputs
@@ -115,19 +136,45 @@ def _cross_entropy_weights(loss: OutputLoss) -> Tensor:
     """(N, ...) what multiplies diag(p) - p p^T at each position, the reduction included."""
     options, targets, num_classes = loss.options, loss.targets, loss.outputs.shape[1]
     smoothing = float(options.get("label_smoothing") or 0.0)
-    weight = options.get("weight")
-    class_weight = torch.ones(num_classes, device=loss.outputs.device) if weight is None else weight
-    class_weight = class_weight.double()
+    class_weight = _class_weights(loss)
     if targets.is_floating_point():  # class probabilities
         probabilities = targets.double() * (1 - smoothing) + smoothing / num_classes
         omega = torch.einsum("nc...,c->n...", probabilities, class_weight)
-        norm = torch.tensor(float(omega.numel()))
     else:
         kept = targets != options.get("ignore_index", -100)
-        own = class_weight[targets.clamp(0, num_classes - 1)] * kept
-        omega = (1 - smoothing) * own + smoothing * class_weight.mean() * kept
-        norm = own.sum()
-    return omega / norm if options.get("reduction", "mean") == "mean" else omega
+        omega = (1 - smoothing) * _target_weights(loss) + smoothing * class_weight.mean() * kept
+    return omega / _cross_entropy_normaliser(loss) if options.get("reduction", "mean") == "mean" else omega
+
+
+def _class_weights(loss: OutputLoss) -> Tensor:
+    """(C,) float64."""
+    weight = loss.options.get("weight")
+    num_classes = loss.outputs.shape[min(1, loss.outputs.ndim - 1)]
+    return torch.ones(num_classes, device=loss.outputs.device).double() if weight is None else weight.double()
+
+
+def _target_weights(loss: OutputLoss) -> Tensor:
+    """(N, ...) the class weight of each target, zero where it is ignored."""
+    weights = _class_weights(loss)
+    kept = loss.targets != loss.options.get("ignore_index", -100)
+    own: Tensor = weights[loss.targets.clamp(0, len(weights) - 1)] * kept
+    return own
+
+
+def _cross_entropy_normaliser(loss: OutputLoss) -> float:
+    if loss.targets.is_floating_point():  # class probabilities
+        return float(loss.targets.numel() / len(_class_weights(loss)))
+    return float(_target_weights(loss).sum())
+
+
+def _num_entries(loss: OutputLoss) -> float:
+    """Of outputs and targets broadcast together, as the losses do."""
+    return float((loss.outputs.detach() - loss.targets).numel())
+
+
+def _mse_normaliser(loss: OutputLoss) -> float:
+    weight = loss.options.get("weight")
+    return _num_entries(loss) if weight is None else float(weight.sum())
 
 
 def _nll_factor(loss: OutputLoss) -> Tensor | None:
@@ -237,4 +284,14 @@ CLOSED_FORMS: dict[Callable[..., Any], Callable[[OutputLoss], Tensor | None]] = 
     F.nll_loss: _nll_factor,
     F.mse_loss: _mse_factor,
     F.binary_cross_entropy_with_logits: _bce_factor,
+}
+# What each of these divides by when it takes a mean.
+NORMALISERS: dict[Callable[..., Any], Callable[[OutputLoss], float]] = {
+    F.cross_entropy: _cross_entropy_normaliser,
+    F.nll_loss: _cross_entropy_normaliser,
+    F.mse_loss: _mse_normaliser,
+    F.binary_cross_entropy_with_logits: _num_entries,
+    F.huber_loss: _num_entries,
+    F.smooth_l1_loss: _num_entries,
+    F.poisson_nll_loss: _num_entries,
 }

@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor
 from lightning_plasticity.linalg import (
     Estimate,
     LanczosQuadrature,
-    effective_rank_bounds,
     effective_rank_of,
+    extreme_spectra,
     participation_ratio_of,
     srank_of,
     stable_rank_of,
@@ -133,15 +133,14 @@ class Spectrum:
 
     def effective_rank(self) -> Estimate:
         """The exponential of the entropy of |lambda| / sum |lambda| (Roy and Vetterli 2007), 1 to ``num_params``."""
-        value = float(effective_rank_of(self._magnitudes, self.counts))
-        if self.quadrature is None or self.exact:
-            return Estimate.exactly(value)
-        lower, upper = effective_rank_bounds(self.quadrature)
-        return Estimate(value, min(lower, value), max(upper, value))
+        return self._bounded(effective_rank_of)
 
     def srank(self, delta: float = 0.01) -> Estimate:
-        """Fewest eigenvalues that hold 1 - delta of sum |lambda| (Lewandowski et al. 2023, arXiv 2312.00246)."""
-        return self._functional(lambda counts: srank_of(self._magnitudes, counts, delta=delta))
+        """Fewest eigenvalues that hold 1 - delta of sum |lambda| (Lewandowski et al. 2023, arXiv 2312.00246).
+
+        Of an estimate the interval is wide: the last 1 % is in the eigenvalues near zero, which Lanczos resolves least.
+        """
+        return self._bounded(partial(srank_of, delta=delta))
 
     def stable_rank(self) -> Estimate:
         """Sum of lambda^2 over max lambda^2 (Rudelson and Vershynin 2007)."""
@@ -149,18 +148,22 @@ class Spectrum:
 
     def participation_ratio(self) -> Estimate:
         """(sum |lambda|)^2 / sum lambda^2."""
-        return self._functional(lambda counts: participation_ratio_of(self._magnitudes, counts))
+        return self._bounded(participation_ratio_of)
 
     def trace(self) -> Estimate:
         """Sum of the eigenvalues."""
         return self._functional(lambda counts: (counts * self.eigenvalues).sum(-1))
 
     def lambda_max(self) -> Estimate:
-        """Largest eigenvalue; of an estimate, the top Ritz value and that plus its residual."""
+        """Largest eigenvalue; of an estimate, the top Ritz value and that plus its residual.
+
+        That is a residual bound, not a 95 % interval: an eigenvalue lies within it for sure, and it is the largest one
+        unless the probe has next to nothing of that eigenvector.
+        """
         return self._extreme(-1)
 
     def lambda_min(self) -> Estimate:
-        """Smallest eigenvalue; of an estimate, the bottom Ritz value and that minus its residual."""
+        """Smallest eigenvalue; of an estimate, the bottom Ritz value and that minus its residual (a residual bound)."""
         return self._extreme(0)
 
     def negative_fraction(self, eps: float | None = None) -> Estimate:
@@ -252,12 +255,32 @@ class Spectrum:
             draws = torch.cat([draws[:, :at], zeros, draws[:, at:]], dim=1)
         return draws
 
+    @cached_property
+    def _extremes(self) -> tuple[Tensor, Tensor]:
+        assert self.quadrature is not None
+        return extreme_spectra(self.quadrature)
+
     def _count(self, region: Tensor) -> float:
         return float(round(float(self.counts[region].sum())))
 
     def _kernel_width(self, variance: float) -> float:
         spread = float(self.eigenvalues.max() - self.eigenvalues.min()) + 0.02
         return float((variance * max(1.0, spread)) ** 0.5)
+
+    def _bounded(self, function: Callable[[Tensor, Tensor], Tensor]) -> Estimate:
+        """A functional of magnitudes and counts; its interval is what count intervals allow (none for exact spectra).
+
+        There is no value where the quadrature's own lies outside, for then it is misleading.
+        """
+        value = float(function(self._magnitudes, self.counts))
+        if self.quadrature is None or self.exact:
+            return Estimate.exactly(value)
+        found = function(*self._extremes)
+        lower, upper = float(found.min()), float(found.max())
+        slack = 1e-9 * max(abs(value), 1.0)  # rounding, where all is resolved
+        if not lower - slack <= value <= upper + slack:
+            return Estimate(float("nan"), lower, upper)
+        return Estimate(value, min(lower, value), max(upper, value))
 
     def _functional(self, function: Callable[[Tensor], Tensor]) -> Estimate:
         """A functional of the counts; its interval is the spread over resampled probes (none for exact spectra)."""

@@ -76,8 +76,8 @@ def explain(loss: Tensor, calls: list[LossCall]) -> tuple[OutputLoss | None, str
     if calls[0].result.ndim:
         return None, f"The training step reduces {names} in a way that is not a mean or a sum. {how}"
     note = (
-        f"The training step's loss ({float(loss.detach()):.6g}) is not just the value of its {names} "
-        f"({float(calls[0].result.detach()):.6g}): the GGN is that of the {names} alone. {how}"
+        f"The training step's loss is not just the value of its {names}: the GGN is that of the {names} alone. {how} "
+        f"(loss {float(loss.detach()):.6g}, {names} {float(calls[0].result.detach()):.6g})"
     )
     return calls[0].loss, note
 

@@ -6,7 +6,7 @@ from lightning_plasticity.linalg.feature_matrix import as_feature_matrix
 from lightning_plasticity.linalg.functionals import effective_rank_of, participation_ratio_of, srank_of, stable_rank_of
 from lightning_plasticity.linalg.lanczos import LanczosResult, Matvec, lanczos
 from lightning_plasticity.linalg.quadrature import LanczosQuadrature, stochastic_lanczos_quadrature
-from lightning_plasticity.linalg.rank_bounds import effective_rank_bounds
+from lightning_plasticity.linalg.rank_bounds import effective_rank_bounds, extreme_spectra, functional_bounds
 from lightning_plasticity.linalg.ranks import (
     approximate_rank,
     feature_rank,
@@ -31,7 +31,9 @@ __all__ = [
     "effective_rank",
     "effective_rank_bounds",
     "effective_rank_of",
+    "extreme_spectra",
     "feature_rank",
+    "functional_bounds",
     "lanczos",
     "numerical_rank",
     "participation_ratio",

@@ -87,9 +87,9 @@ def lanczos(matvec: Matvec, start: Tensor, num_steps: int, *, keep_basis: bool =
         alpha[k] = float(torch.dot(basis[k], product))
         if not np.isfinite(alpha[k]):
             raise ValueError(f"Product {k + 1} of the operator is not finite; the loss or the weights are NaN or inf.")
-        rest = product - alpha[k] * basis[k]
+        rest = torch.sub(product, basis[k], alpha=float(alpha[k]))
         if k > 0:
-            rest -= beta[k - 1] * basis[k - 1]
+            rest.sub_(basis[k - 1], alpha=float(beta[k - 1]))
         alpha[k] += _orthogonalise(rest, basis[: k + 1])
         beta[k] = float(torch.linalg.vector_norm(rest, dtype=torch.float64))
         scale = max(scale, abs(alpha[k]), beta[k])
@@ -103,7 +103,7 @@ def lanczos(matvec: Matvec, start: Tensor, num_steps: int, *, keep_basis: bool =
                 basis=basis[:done] if keep_basis else None,
                 num_products=done,
             )
-        basis[k + 1] = rest / beta[k]
+        torch.div(rest, float(beta[k]), out=basis[k + 1])
     raise AssertionError("unreachable: the loop returns at its last step")
 
 

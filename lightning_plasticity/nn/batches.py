@@ -97,7 +97,9 @@ def _like(mapping: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
     if type(mapping) is dict:
         return items
     if isinstance(mapping, MutableMapping):
-        twin = copy.copy(mapping)  # keeps what the constructor of a defaultdict, say, was told
+        # A copy keeps what the constructor of a defaultdict, say, was told; only a dict's is known to share no items.
+        safe = isinstance(mapping, dict) or hasattr(type(mapping), "__copy__")
+        twin = copy.copy(mapping) if safe else copy.deepcopy(mapping)
         twin.update(items)
         return twin
     return type(mapping)(items)  # type: ignore[call-arg]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -16,6 +17,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 MANY = 64  # entries of a list of transforms or datasets that are looked into
 _OPAQUE = ("builtins", "torch", "numpy", "pandas", "PIL", "lightning", "pytorch_lightning")
+_LIBRARIES = (  # objects of these, and of classes derived from theirs, are no plain helpers
+    frozenset(sys.stdlib_module_names) - {"abc", "typing", "types", "collections"}
+    | {*_OPAQUE, "lightning_fabric", "lightning_plasticity", "matplotlib", "omegaconf"}
+    | {"aim", "clearml", "comet_ml", "mlflow", "neptune", "tensorboard", "tensorboardX", "wandb"}
+)
 _OPEN = (Dataset, DataLoader, Sampler, nn.Module)  # looked into wherever their class is defined
 
 
@@ -32,6 +38,14 @@ def generator_state(value: Any) -> Callable[[], object] | None:
     if isinstance(value, np.random.BitGenerator):
         return partial(setattr, value, "state", value.state)
     return None
+
+
+def is_helper(value: Any) -> bool:
+    """Whether the value is a plain object of the user's: it has attributes, and no class of a library is behind it."""
+    if isinstance(value, type) or not isinstance(getattr(value, "__dict__", None), dict):
+        return False
+    classes = [cls for cls in type(value).__mro__ if cls is not object]
+    return all(cls.__module__.partition(".")[0] not in _LIBRARIES for cls in classes)
 
 
 def held_by(*owners: Any) -> list[Any]:
@@ -53,7 +67,15 @@ def _parts(value: Any) -> Iterator[Any]:
         yield from islice(value.values(), MANY)
     elif isinstance(value, list | tuple | set):
         yield from islice(value, MANY)
-    elif isinstance(value, partial):
+    elif isinstance(value, partial | MethodType | BuiltinMethodType | FunctionType):
+        yield from reached_by_calling(value)
+    elif isinstance(value, _OPEN) or type(value).__module__.partition(".")[0] not in _OPAQUE:
+        yield from getattr(value, "__dict__", {}).values()
+
+
+def reached_by_calling(value: Any) -> Iterator[Any]:
+    """What a function, method or partial works on; nothing for other values."""
+    if isinstance(value, partial):
         yield from (value.func, value.args, value.keywords)
     elif isinstance(value, MethodType | BuiltinMethodType):
         yield value.__self__
@@ -63,5 +85,3 @@ def _parts(value: Any) -> Iterator[Any]:
                 yield cell.cell_contents
             except ValueError:  # not bound yet
                 continue
-    elif isinstance(value, _OPEN) or type(value).__module__.partition(".")[0] not in _OPAQUE:
-        yield from getattr(value, "__dict__", {}).values()

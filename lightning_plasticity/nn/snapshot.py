@@ -2,15 +2,16 @@
 
 What is covered: parameters and buffers (also when moved through ``.data`` or replaced), ``.grad``, ``requires_grad``,
 train/eval flags, every attribute of every submodule, the contents of lists, dicts, sets and deques among them, the
-values of tensors and NumPy arrays kept there (torchmetrics states are such tensors), random generators, and modules in
-plain containers. Not covered: the inside of other objects that a module refers to.
+values of tensors and NumPy arrays kept there (torchmetrics states are such tensors), random generators, modules in
+plain containers, and the same for plain helper objects (a replay buffer, an augmentation with a generator). Not
+covered: iterators, files, and objects of libraries (the Trainer, loggers, datasets and loaders among them).
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lightning_plasticity.nn.generators import generator_state
+from lightning_plasticity.nn.generators import generator_state, is_helper, reached_by_calling
 
 _CONTAINERS = (list, dict, set, deque)
+MANY = 10_000  # of a larger container the entries are remembered, but not what is inside them
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -31,39 +33,54 @@ class Snapshot:
 
     Args:
         module: the module to remember. Costs one copy of its parameters, buffers and tensor attributes.
+        also: containers outside the module to remember in the same way.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, also: Iterable[Any] = ()) -> None:
         self._tensors: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # id -> (tensor, its storage alias, copy)
         self._arrays: dict[int, tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]] = {}
         self._containers: dict[int, tuple[Any, Any]] = {}
-        self._modules: dict[int, tuple[nn.Module, dict[str, Any]]] = {}
+        self._objects: dict[int, tuple[Any, dict[str, Any]]] = {}  # modules and helper objects: their attributes
         self._leaves: list[tuple[Tensor, bool, Tensor | None]] = []
         self._generators: list[Callable[[], object]] = []
-        self._remember(module)
+        seen: dict[int, Any] = {}
+        waiting = [module, *also]  # no recursion: helper objects may form long chains, and cycles
+        while waiting:
+            value = waiting.pop()
+            if id(value) not in seen:
+                seen[id(value)] = value
+                waiting.extend(self._remember(value))
 
-    def _remember(self, value: Any) -> None:
+    def _remember(self, value: Any) -> Iterable[Any]:
+        """Note one value; returns what it holds."""
         if type(value) in weakref.ProxyTypes:
-            return
+            return ()
         if isinstance(value, Tensor):
             self._remember_tensor(value)
-        elif isinstance(value, nn.Module):
-            if id(value) not in self._modules:
-                self._modules[id(value)] = (value, dict(value.__dict__))
-                for attribute in list(value.__dict__.values()):
-                    self._remember(attribute)
         elif isinstance(value, _CONTAINERS):
-            if id(value) not in self._containers:
-                self._containers[id(value)] = (value, value.copy())
-                for item in list(value.values() if isinstance(value, dict) else value):
-                    self._remember(item)
+            return self._remember_container(value)
         elif isinstance(value, tuple):
-            for item in value:
-                self._remember(item)
+            return value
         elif isinstance(value, np.ndarray):
-            self._arrays[id(value)] = (value, value.copy())
+            if not isinstance(value, np.memmap):  # a file, and often a large one
+                self._arrays[id(value)] = (value, value.copy())
         elif (state := generator_state(value)) is not None:
             self._generators.append(state)
+        elif isinstance(value, nn.Module) or is_helper(value):
+            return self._remember_attributes(value)
+        else:
+            return reached_by_calling(value)
+        return ()
+
+    def _remember_container(self, container: Any) -> Iterable[Any]:
+        self._containers[id(container)] = (container, container.copy())
+        attributes = self._remember_attributes(container) if hasattr(container, "__dict__") else []
+        items = container.values() if isinstance(container, dict) else container
+        return attributes if len(container) > MANY else [*attributes, *items]
+
+    def _remember_attributes(self, value: Any) -> Iterable[Any]:
+        self._objects[id(value)] = (value, dict(value.__dict__))
+        return list(value.__dict__.values())
 
     def _remember_tensor(self, tensor: Tensor) -> None:
         if id(tensor) in self._tensors or is_lazy(tensor):
@@ -77,8 +94,8 @@ class Snapshot:
 
     def restore(self) -> None:
         """Put everything back; what did not change is not written."""
-        for module, attributes in self._modules.values():
-            _restore_dict(module.__dict__, attributes)
+        for value, attributes in self._objects.values():
+            _restore_dict(value.__dict__, attributes)
         for container, copy in self._containers.values():
             _restore_container(container, copy)
         for tensor, alias, copy in self._tensors.values():

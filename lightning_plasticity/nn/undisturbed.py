@@ -68,8 +68,8 @@ def undisturbed(
         mode: ``"frozen"`` switches off BatchNorm updates and dropout, by layer type; ``"as_is"`` keeps what the
             optimizer sees; ``"eval"`` is ``module.eval()``, which also switches code that asks ``self.training``.
         seed: of the random state inside; the same seed gives the same dropout masks and samples.
-        optimizers: the live optimizers of a manually optimised module.
-        schedulers: their learning-rate schedulers.
+        optimizers: the live optimizers that the module can reach; also their parameter groups' settings are put back.
+        schedulers: their learning-rate schedulers; also their state is put back.
 
     Yields:
         The list that collects the losses given to ``manual_backward``.
@@ -100,7 +100,8 @@ def undisturbed(
         stack.enter_context(_plain_cuda(module))
         if _is_compiled(module):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        snapshot = Snapshot(module)
+        optimizers, schedulers = list(optimizers), list(schedulers)
+        snapshot = Snapshot(module, _settings_of(optimizers, schedulers))
         stack.callback(snapshot.restore)
         _silence(stack, module, losses, optimizers, schedulers)
         _set_mode(module, mode)
@@ -110,6 +111,12 @@ def undisturbed(
             yield losses
         finally:
             _measuring -= 1
+
+
+def _settings_of(optimizers: Iterable[Any], schedulers: Iterable[Any]) -> list[Any]:
+    """What a step may write to by hand: learning rates in the parameter groups, counters of schedulers."""
+    groups = [getattr(optimizer, "param_groups", None) for optimizer in optimizers]
+    return [*groups, *(getattr(scheduler, "__dict__", None) for scheduler in schedulers)]
 
 
 def _autocast_devices() -> list[str]:

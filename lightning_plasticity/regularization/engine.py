@@ -34,13 +34,7 @@ class RegularizationEngine:
     """
 
     def __init__(self, regularizers: Sequence[Regularizer]) -> None:
-        for regularizer in regularizers:
-            if not isinstance(regularizer, Regularizer):
-                raise TypeError(
-                    f"Got {regularizer!r} among the regularizers, "
-                    "expected instances such as EffectiveRank(1e-2) or L2(1e-4)."
-                )
-        self.regularizers = list(regularizers)
+        self.regularizers = _checked(regularizers)
         self.num_steps = 0
         self._window: list[tuple[int, Any]] = []  # (optimizer steps taken before it was seen, minibatch)
         self._layers: dict[int, list[HiddenLayer]] = {}  # by position in ``regularizers``
@@ -170,13 +164,18 @@ class RegularizationEngine:
 
     # ---- inside ----------------------------------------------------------------------------------------------------
 
-    def check_layers(self, module: nn.Module) -> None:
-        """Refuse unknown layer names before training starts; the layers are then found anew.
+    def begin_fit(self, module: nn.Module, regularizers: Sequence[Regularizer]) -> None:
+        """Go on with the count of steps; the regularisers may be others now, and the layers are found anew.
+
+        The minibatches of an earlier fit are forgotten: they may be another task's, or of another shape.
 
         Raises:
-            ValueError: naming those that exist.
+            TypeError: for something that is not a ``Regularizer``.
+            ValueError: for unknown layer names; it names those that exist.
         """
-        self._layers.clear()  # another module, or one whose layers have changed since the last fit
+        self.regularizers = _checked(regularizers)
+        self._window = []
+        self._layers.clear()
         for regularizer in self.regularizers:
             if isinstance(regularizer.layers, list):
                 named_layers(module, regularizer.layers)
@@ -205,13 +204,31 @@ class RegularizationEngine:
             warnings.warn(f"Regularisation: {what}", stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and remembered minibatches (those made of plain tensors), for an exact resume."""
-        return {"num_steps": self.num_steps, "window": list(self._window) if is_plain(self._window) else []}
+        """Counters and remembered minibatches, for an exact resume."""
+        window = list(self._window)
+        if not is_plain(window):
+            window = []
+            self._warn_once(
+                "a checkpoint cannot hold minibatches that are not made of tensors, tuples, lists and dicts "
+                f"(here: {type(self._window[-1][1]).__name__}); a run resumed from it starts with no minibatches "
+                "remembered for the next separate step."
+            )
+        return {"num_steps": self.num_steps, "window": window}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state_dict`` left off."""
         self.num_steps = int(state["num_steps"])
         self._window = list(state["window"])
+
+
+def _checked(regularizers: Sequence[Regularizer]) -> list[Regularizer]:
+    for regularizer in regularizers:
+        if not isinstance(regularizer, Regularizer):
+            raise TypeError(
+                f"Got {regularizer!r} among the regularizers, "
+                "expected instances such as EffectiveRank(1e-2) or L2(1e-4)."
+            )
+    return list(regularizers)
 
 
 def arranged(taps: FeatureTaps, layers: Sequence[HiddenLayer]) -> dict[str, Tensor]:

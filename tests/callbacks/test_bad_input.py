@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plasticity import EveryNSteps, FeatureRankMonitor, HessianSpectrumMonitor, TaskTracker
 from lightning_plasticity.curvature import MeasurementError
+from lightning_plasticity.nn import is_measuring
 
 
 def two() -> list[Any]:
@@ -97,12 +98,13 @@ class Skips(Classifier):
 
 
 class OutOfMemory(Classifier):
-    """Fails where more samples come than in training."""
+    """Fails in every measurement, or only where more samples come than in training."""
 
     error: BaseException = RuntimeError("CUDA out of memory. Tried to allocate 9 GiB.")
+    limit = 0
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        if len(batch[0]) > 4:
+        if is_measuring() and len(batch[0]) > self.limit:
             self.net[0].weight.data.zero_()
             self.losses.append(1.0)
             raise self.error
@@ -131,7 +133,54 @@ def test_failures_are_recorded_and_told_once(make: Make, tasks: Any, cause: str,
         assert record.failure is not None
         assert record.failure.startswith(f"{parts}: {cause}")
         assert not any(key.startswith("plasticity/ggn") for key in record.values)
-        assert record.settings["data"] == "training dataset"
+        assert record.settings["data"].startswith("training dataset")
+
+
+class OutOfMemoryForMany(OutOfMemory):
+    limit = 4
+
+
+def test_what_fails_for_many_samples_is_measured_in_batches_of_trainings_own_size() -> None:
+    pair = HessianSpectrumMonitor(("ggn", "hessian"), probe_samples=6), FeatureRankMonitor(probe_samples=6)
+    assert same_with(lambda: OutOfMemoryForMany(mlp()), two, list(pair)) == []
+    for monitor in pair:
+        assert failures(monitor) == [None] * 4
+        sources = [record.settings["data"] for record in monitor.records]
+        assert sources == ["training dataset, in batches of 4"] * 4
+    assert pair[0].records[0].values["plasticity/ggn/num_samples"].value == 6
+
+
+def test_a_failed_measurement_is_not_made_twice_for_nan() -> None:
+    calls: list[int] = []
+
+    class Counts(HessianSpectrumMonitor):
+        def measure(self, trainer: Any, pl_module: Any, batches: Any, phase: Any) -> Any:
+            calls.append(len(batches))
+            return super().measure(trainer, pl_module, batches, phase)
+
+    run_tasks(broken_weights, two(), [Counts(probe_samples=6)])
+    assert calls == [1] * 4
+
+
+class ScaledLoss(Classifier):
+    """Fails with another number in the message each time."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp())
+        self.automatic_optimization = False
+        self.scale = 1.5
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if is_measuring():
+            raise ValueError(f"loss of {self.scale} at step {-self.scale:e}")
+        self.scale *= 3.7
+
+
+def test_a_cause_with_other_numbers_is_told_once() -> None:
+    monitor = HessianSpectrumMonitor(("ggn",), probe_samples=4)
+    _, told = run_tasks(ScaledLoss, two(), [monitor])
+    assert len(told) == 1
+    assert len(set(failures(monitor))) > 1
 
 
 def test_features_need_no_loss() -> None:

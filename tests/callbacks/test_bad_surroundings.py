@@ -112,6 +112,34 @@ def test_a_save_dir_that_cannot_be_written(tmp_path: Path) -> None:
         )
 
 
+class OnlySaveDir(Logger):
+    """As the loggers of services: one directory for all runs."""
+
+    name, version, save_dir = "mine", None, None
+    log_metrics = log_hyperparams = lambda self, *args, **kwargs: None
+
+    def __init__(self, directory: Path, version: Any) -> None:
+        super().__init__()
+        self.save_dir, self.version = str(directory), version
+
+
+@pytest.mark.parametrize(("version", "below"), [("abc", "abc"), (3, "version_3")])
+def test_runs_of_a_logger_with_only_a_save_dir_have_their_own_directories(
+    version: Any, below: str, tmp_path: Path
+) -> None:
+    monitor = HessianSpectrumMonitor(("ggn",))
+    run_tasks(classifier, two(), [monitor], logger=OnlySaveDir(tmp_path, version))
+    assert read_records(tmp_path / "mine" / below) == monitor.records
+
+
+def test_records_of_later_versions_can_be_read(tmp_path: Path) -> None:
+    monitor = HessianSpectrumMonitor(("ggn",), save_dir=str(tmp_path))
+    run_tasks(classifier, two(), [monitor])
+    file = tmp_path / "plasticity.jsonl"
+    file.write_text(file.read_text().replace('{"monitor"', '{"invented": [1], "monitor"'))
+    assert read_records(tmp_path) == monitor.records
+
+
 class BrokenLogger(Logger):
     name, version = "broken", "0"
     log_hyperparams = lambda self, *args, **kwargs: None  # noqa: E731
@@ -145,6 +173,10 @@ BOTH: list[tuple[dict[str, Any], str]] = [
     ({"when": ("start", "stop")}, r"when=\('start', 'stop'\), expected"),
     ({"when": 3}, r"when=3, expected 'start', 'end' or both"),
     ({"on_error": "ignore"}, r"on_error='ignore', expected 'warn' \(record the failure, go on\) or 'raise'"),
+    ({"name": "a b"}, r"name='a b', expected letters, digits and _ \(not 'end'\), or None"),
+    ({"name": ""}, r"name='', expected letters"),
+    ({"name": "end"}, r"name='end', expected letters"),
+    ({"name": 3}, r"name=3, expected letters"),
     ({"mode": "train"}, r"mode='train', expected one of \('frozen', 'as_is', 'eval'\)"),
 ]
 HESSIAN: list[tuple[dict[str, Any], str]] = [

@@ -124,6 +124,44 @@ def test_a_step_with_side_effects(tmp_path: Path) -> None:
     assert_same_with_monitors(Careless, two_tasks, tmp_path)
 
 
+class Augmentation:
+    def __init__(self) -> None:
+        self.generator = np.random.default_rng(3)
+        self.memory: list[float] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.memory.append(float(x.sum()))
+        return x * self.generator.random() + sum(self.memory)
+
+
+class ByHand(Classifier):
+    """Logs past ``self.log``, moves its learning rate, steps its scheduler, and uses a helper object."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp())
+        self.augmentation = Augmentation()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step((self.augmentation(batch[0]), batch[1]), batch_idx)
+        assert self.logger is not None
+        self.logger.log_metrics({"by hand": float(loss.detach())}, step=batch_idx)
+        assert isinstance(self.logger.log_dir, str)
+        for logger in [*self.loggers, *self.trainer.loggers]:
+            logger.log_metrics({"again": float(loss.detach())}, step=batch_idx)
+        self.logger.experiment.log_metrics({"experiment": 1.0}, step=batch_idx)
+        self.optimizers().optimizer.param_groups[0]["lr"] *= 0.9  # type: ignore[union-attr]
+        self.lr_schedulers().step()  # type: ignore[union-attr,call-arg]
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 2)]
+
+
+def test_a_step_that_logs_and_moves_its_learning_rate_by_hand(tmp_path: Path) -> None:
+    assert_same_with_monitors(ByHand, two_tasks, tmp_path)
+
+
 @pytest.mark.parametrize("steps", [1, 2])
 def test_boundaries_inside_an_epoch(steps: int, tmp_path: Path) -> None:
     assert_same_with_monitors(

@@ -19,10 +19,11 @@ from matplotlib.figure import Figure
 from runs import Classifier, Validated, loader, mlp, monitors, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_plasticity import FeatureRankMonitor, HessianSpectrumMonitor
+from lightning_plasticity import FeatureRankMonitor, HessianSpectrumMonitor, Spectrum
 from lightning_plasticity.callbacks import hessian_monitor
 from lightning_plasticity.callbacks import monitor as monitor_file
 from lightning_plasticity.curvature import measure_hessian
+from lightning_plasticity.loggers import spectra_figure
 
 pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty:UserWarning")
 
@@ -190,6 +191,24 @@ def test_long_measurements_are_announced(monkeypatch: pytest.MonkeyPatch) -> Non
         "HessianSpectrumMonitor: measured at the end of task 1 in 0 s",
     ]
     fit([hessian], 1)  # no bar, no announcement
+
+
+def test_a_first_measurement_that_may_be_long_is_announced_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    hessian, features = monitors()
+    bar = Bar()
+    monkeypatch.setattr(hessian_monitor, "LONG_WORK", 100.0)
+    fit([hessian, features, bar], 2, enable_progress_bar=True)
+    assert bar.printed == ["HessianSpectrumMonitor: measuring at the start of task 0, this may take a while"]
+
+
+def test_figures_of_many_tasks_are_thinned() -> None:
+    spectra = {task: Spectrum.from_eigenvalues(torch.tensor([1.0, 2.0]), 2) for task in range(0, 246, 2)}
+    assert len(spectra) == 123
+    (axes,) = spectra_figure(spectra, "many").axes
+    assert len(axes.lines) == 50
+    assert axes.lines[-1].get_label() == "task 245"
+    (axes,) = spectra_figure({task: spectra[task] for task in (0, 2, 4)}, "few").axes
+    assert [line.get_label() for line in axes.lines] == ["task 1", "task 3", "task 5"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # instantiate_classes has a new name in new versions

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from runs import Classifier, data, loader, mlp, monitors, trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 from lightning_plasticity import (
     EveryNEpochs,
@@ -24,9 +28,8 @@ from lightning_plasticity import (
     read_records,
 )
 from lightning_plasticity.callbacks.arguments import decimal
-from lightning_plasticity.callbacks.probe_data import _spread
 from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement
-from lightning_plasticity.callbacks.probe_data import probe_batches
+from lightning_plasticity.callbacks.probe_data import _spread, probe_batches
 from lightning_plasticity.curvature import ggn_spectrum, hessian_spectrum, ntk_spectrum
 
 pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty:UserWarning")
@@ -178,6 +181,12 @@ class Noting(BoundaryMonitor):
         return Measurement()
 
 
+def spread(total: int, count: int) -> list[int]:
+    """The documented choice: evenly spread, in an order shuffled by a fixed seed."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
+    return [k * total // count for k in order]
+
+
 class Stream(IterableDataset[Any]):
     def __iter__(self) -> Any:
         return zip(*data(0), strict=True)
@@ -187,7 +196,7 @@ X, Y = data(7)
 SOURCES: dict[str, tuple[Any, Any]] = {
     "batch": ((X, Y), X),
     "list batch": ([X, Y], X),
-    "dataset": (TensorDataset(X, Y), X[::2]),
+    "dataset": (TensorDataset(X, Y), X[spread(12, 6)]),
     "loader": (DataLoader(TensorDataset(X, Y), batch_size=4), X[:8]),
     "list of batches": ([(X[:4], Y[:4]), (X[4:9], Y[4:9])], X[:9]),
     "callable": (lambda trainer, module: (X + module.net[0].weight.detach()[0, 0] * 0, Y), X),
@@ -216,7 +225,7 @@ def test_the_tasks_own_data_the_same_at_start_and_end(when: Any) -> None:
     times = 1 if isinstance(when, str) else 2
     for task in range(2):
         for seen in noting.seen[task * times : (task + 1) * times]:
-            assert torch.equal(torch.cat([x for x, _ in seen]), data(task)[0][::2])
+            assert torch.equal(torch.cat([x for x, _ in seen]), data(task)[0][spread(12, 6)])
     assert [record.settings["data"] for record in noting.records] == ["training dataset"] * 2 * times
     for seen in streaming.seen:
         assert torch.equal(seen[0][0], data(0)[0][:4])
@@ -228,7 +237,7 @@ def test_many_samples_come_in_several_batches(monkeypatch: pytest.MonkeyPatch) -
     noting = Noting(samples=9)
     fit([noting], 1)
     assert [len(x) for x, _ in noting.seen[0]] == [5, 4]
-    expected = data(0)[0][[k * 12 // 9 for k in range(9)]]
+    expected = data(0)[0][spread(12, 9)]
     assert torch.equal(torch.cat([x for x, _ in noting.seen[0]]), expected)
 
 
@@ -255,7 +264,126 @@ def test_after_a_cut_task_the_next_one_has_its_own_samples() -> None:
         trainer([noting]).fit(Cut(mlp()), loader(0))
     trainer([noting]).fit(Classifier(mlp()), loader(1))
     for seen, task in zip(noting.seen, (0, 1, 1), strict=True):
-        assert torch.equal(seen[0][0], data(task)[0][::2])
+        assert torch.equal(seen[0][0], data(task)[0][spread(12, 6)])
+
+
+class Ragged(Dataset[Any]):
+    """Samples of different lengths."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, index: int) -> Any:
+        return X[index][: 10 + index], Y[index]
+
+
+class Padding(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return super().training_step((F.pad(batch[0], (0, 16 - batch[0].shape[1])), batch[1]), batch_idx)
+
+
+def test_samples_that_cannot_be_collated_come_in_batches_of_the_loaders_size() -> None:
+    noting, pair = Noting(), both()
+    loaded = DataLoader(Ragged(), batch_size=1)
+    trainer([noting, *pair]).fit(Padding(mlp()), loaded)
+    assert [len(x) for x, _ in noting.seen[0]] == [1] * 6
+    for monitor in (noting, *pair):
+        assert [r.settings["data"] for r in monitor.records] == ["training dataset, in batches of 1"] * 2
+        assert [r.failure for r in monitor.records] == [None, None]
+
+
+def test_samples_that_cannot_be_fetched_again_leave_the_first_batch() -> None:
+    class Once(Ragged):
+        served = 0
+
+        def __getitem__(self, index: int) -> Any:
+            Once.served += 1
+            assert Once.served <= 1
+            return X[index], Y[index]
+
+    noting = Noting(when="start")
+    trainer([noting], limit_train_batches=1).fit(Classifier(mlp()), DataLoader(Once(), batch_size=1))
+    assert torch.equal(noting.seen[0][0][0], X[:1])
+    assert noting.records[0].settings["data"] == "first batch"
+
+
+class OnlyMany:
+    def __len__(self) -> int:
+        return 12
+
+    def __getitems__(self, indices: list[int]) -> Any:
+        return [(X[index], Y[index]) for index in indices]
+
+
+def test_a_dataset_with_only_getitems() -> None:
+    noting = Noting()
+    trainer([noting]).fit(Classifier(mlp()), DataLoader(OnlyMany(), batch_size=4))  # type: ignore[arg-type]
+    assert torch.equal(noting.seen[0][0][0], X[spread(12, 6)])
+    assert noting.records[0].settings["data"] == "training dataset"
+
+
+def test_what_a_batch_sampler_holds_out_is_not_measured() -> None:
+    sampler = BatchSampler(SubsetRandomSampler(range(6, 12)), 2, drop_last=False)
+    noting = Noting()
+    trainer([noting]).fit(Classifier(mlp()), DataLoader(TensorDataset(X, Y), batch_sampler=sampler))
+    assert torch.equal(noting.seen[0][0][0], X[6:][spread(6, 6)])
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+
+def test_monitors_that_differ_in_their_data_have_names(tmp_path: Path) -> None:
+    held_out = TensorDataset(*data(9))
+    given: list[dict[str, Any]] = [{}, {"name": "val", "data": held_out}]
+    four = [both(save_dir=str(tmp_path), **settings) for settings in given]
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    module = fit([monitor for pair in four for monitor in pair], 2, logger=logger)
+    assert isinstance(module, Classifier)
+    for plain, named in zip(*four, strict=True):
+        assert "name" not in plain.state_key
+        assert "'name': 'val'" in named.state_key
+        keys = [key.replace("plasticity/", "plasticity/val/", 1) for key in plain.records[0].values]
+        assert list(named.records[0].values) == keys
+        assert list(named.records[0].values.values()) != list(plain.records[0].values.values())
+    hessian = four[1][0]
+    assert hessian.records[0].spectra["ggn"] == "spectra/val_ggn_task0000_start.npz"
+    assert sorted(read_records(tmp_path), key=str) == sorted((r for p in four for m in p for r in m.records), key=str)
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
+    assert {"plasticity/val/ggn/trace", "plasticity/end/val/ggn/trace"} < set(events.Tags()["scalars"])
+    assert "plasticity/val/ggn/spectra" in events.Tags()["images"]
+    assert "plasticity/val/features/singular_values_log10/net.1" in events.Tags()["histograms"]
+
+
+def test_names_that_would_be_equal_as_keys_are_numbered() -> None:
+    class Twice(Classifier):
+        def __init__(self) -> None:
+            super().__init__(mlp())
+            self.parts = nn.ModuleDict({"a-b": nn.ReLU(), "a_b": nn.Linear(16, 16), "a b": nn.Linear(16, 16)})
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            x = batch[0]
+            for part in self.parts.values():
+                x = part(x)
+            return super().training_step((x, batch[1]), batch_idx)
+
+    monitor = FeatureRankMonitor(["parts.*"], 6, "start", "raise")
+    fit([monitor], 1, Twice())
+    found = set(monitor.records[0].values)
+    assert {f"plasticity/features/srank/parts.{tag}" for tag in ("a_b", "a_b_2", "a_b_3")} < found
+    assert {f"plasticity/weights/norm/parts.{tag}" for tag in ("a_b", "a_b_2")} < found
+
+
+@pytest.mark.parametrize(("max_rows", "told"), [(12, True), (1500, False)])
+def test_few_samples_because_of_max_rows_are_told_once(max_rows: int, told: bool) -> None:
+    monitor = HessianSpectrumMonitor(("ggn",), max_rows=max_rows)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit([monitor])
+    found = [str(w.message) for w in caught if "max_rows" in str(w.message)]
+    assert found == told * [
+        "HessianSpectrumMonitor: the ggn is that of 6 of the 12 probe samples only, since max_rows=12; "
+        "a larger max_rows takes more."
+    ]
 
 
 # ---- values --------------------------------------------------------------------------------------------------------

@@ -6,18 +6,24 @@ import copy
 import pickle
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, LearningRateFinder, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
-from small_fits import BATCHES, Net, batches, data, fit, trainer, weights
+from lightning.pytorch.tuner import Tuner
+from small_fits import BATCH, BATCHES, Net, batches, data, fit, trainer, weights
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 
 from lightning_plasticity import L2, EffectiveRank, L2ERMixin, Regularization, RegularizerMixin
+from lightning_plasticity.callbacks.regularization import EngineHooks, MixinRegularization
+from lightning_plasticity.callbacks.schedules import EveryNEpochs, EveryNSteps
+from lightning_plasticity.callbacks.task_tracker import TaskTracker
 from lightning_plasticity.nn import undisturbed
 from lightning_plasticity.regularization import RegularizationEngine, Regularizer
 
@@ -36,12 +42,29 @@ def strong(**options: Any) -> Regularization:
     return Regularization.l2er(**({"rank_strength": 0.1, "rank_every_n_steps": 3, "l2_strength": 0.01} | options))
 
 
+def loaded(items: list[Any]) -> DataLoader[Any]:
+    """Batches as they are."""
+    return DataLoader(items, batch_size=None)  # type: ignore[arg-type]
+
+
 def by(how: str, **options: Any) -> tuple[Net, list[Any]]:
     """A module and the callbacks that regularise it, through the mixin or the callback."""
     return (Reg(**options), []) if how == "mixin" else (Net(**options), [strong()])
 
 
 HOW = pytest.mark.parametrize("how", ["mixin", "callback"])
+
+
+def train(net: Net, engine: Any, optimizer: Any, batch: Any, parts: int = 1, steps: bool = True) -> None:
+    """One minibatch in a loop without a Trainer."""
+    engine.remember(batch)
+    (cross_entropy(net.net(batch[0]), batch[1]) / parts).backward()
+    if steps:
+        engine.add_gradients(net.parameters())
+        optimizer.step()
+        engine.after_step(net, lambda batch: net.net(batch[0]))
+        optimizer.zero_grad()
+
 
 # ---- manual optimization -------------------------------------------------------------------------------------------
 
@@ -182,6 +205,38 @@ def test_what_the_user_logs_is_the_task_loss(how: str) -> None:
     assert torch.equal(run.callback_metrics["train_loss"], Net().loss(batches()[0]).detach())
 
 
+@HOW
+@pytest.mark.parametrize("mode", ["separate", "loss"])
+def test_what_a_step_does_by_hand_is_not_done_again_for_the_features(how: str, mode: Any, tmp_path: Path) -> None:
+    written: list[float] = []
+
+    class Written(CSVLogger):
+        def log_metrics(self, metrics: Any, step: int | None = None) -> None:
+            written.append(metrics["loss"])
+
+    class ByHand(Net):
+        def configure_optimizers(self) -> Any:
+            optimizer = super().configure_optimizers()
+            self.scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+            return [optimizer], [{"scheduler": self.scheduler, "interval": "epoch", "frequency": 100}]
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = self.loss(batch)
+            self.logger.log_metrics({"loss": loss.item()})
+            self.lr_schedulers().step()
+            return loss
+
+    class Mixed(Strong, L2ERMixin, ByHand):
+        rank_mode = mode
+
+    net = Mixed() if how == "mixin" else ByHand()
+    logger = Written(tmp_path)
+    run = fit(net, callbacks=[] if how == "mixin" else [strong(rank_mode=mode)], logger=logger)
+    assert len(written) == BATCHES
+    assert net.scheduler.last_epoch == BATCHES
+    assert run.loggers == [logger]
+
+
 # ---- resuming, several fits ----------------------------------------------------------------------------------------
 
 
@@ -221,8 +276,8 @@ def test_a_state_is_restored_once(tmp_path: Path) -> None:
 
 
 @HOW
-def test_fits_in_a_row_go_on_like_one(how: str) -> None:
-    """Twice eight steps are not a multiple of three: the window goes over the boundary."""
+def test_fits_in_a_row_go_on_counting_without_the_batches_of_the_last(how: str) -> None:
+    """Twice eight steps are not a multiple of three: the separate step after the ninth has one minibatch, not three."""
 
     class Sgd(Reg):
         pass
@@ -232,20 +287,185 @@ def test_fits_in_a_row_go_on_like_one(how: str) -> None:
 
     Sgd.configure_optimizers = plain_sgd  # type: ignore[method-assign]
     Bare = type("Bare", (Net,), {"configure_optimizers": plain_sgd})  # noqa: N806
-    runs = []
-    for max_epochs in ([2], [1, 1]):
-        net = Sgd() if how == "mixin" else Bare()
-        callbacks = [] if how == "mixin" else [strong()]
-        for epochs in max_epochs:  # a new Trainer each time
-            fit(net, max_epochs=epochs, callbacks=callbacks)
-        runs.append(weights(net))
-    net = Sgd() if how == "mixin" else Bare()
+    expected = Bare()
+    engine, optimizer = RegularizationEngine(strong().regularizers), expected.configure_optimizers()
+    for _ in range(2):
+        engine.begin_fit(expected, engine.regularizers)
+        for batch in batches():
+            train(expected, engine, optimizer, batch)
+    kind, callbacks = (Sgd, []) if how == "mixin" else (Bare, [strong()])
+    net = kind()
+    for _ in range(2):  # a new Trainer each time
+        fit(net, callbacks=callbacks)
+    assert torch.equal(weights(net), weights(expected))
+    net = kind()
     run = trainer(callbacks=[] if how == "mixin" else [strong()])
     run.fit(net, data())
     run.fit_loop.max_epochs = 2  # the same Trainer
     run.fit(net, data())
-    assert torch.equal(runs[0], runs[1])
-    assert torch.equal(runs[0], weights(net))
+    assert torch.equal(weights(net), weights(expected))
+
+
+class Wide(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(torch.nn.Linear(9, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
+
+
+def test_a_callback_used_again_for_another_network_starts_over() -> None:
+    wide = loaded([(torch.randn(BATCH, 9), labels) for _, labels in batches()])
+    used = strong()
+    fit(Net(), callbacks=[used])
+    net, expected = Wide(), Wide()
+    expected.load_state_dict(net.state_dict())
+    fit(net, wide, callbacks=[used])
+    fit(expected, wide, callbacks=[strong()])
+    assert used.state_dict()["num_steps"] == BATCHES
+    assert torch.equal(weights(net), weights(expected))
+    again = pickle.loads(pickle.dumps(used))
+    assert again.state_dict()["num_steps"] == BATCHES
+
+
+@HOW
+def test_a_fit_with_batches_of_another_shape_does_not_see_the_old_ones(how: str) -> None:
+    class Cropping(Net):
+        def loss(self, batch: Any) -> torch.Tensor:
+            assert batch[0].shape[1] == self.width
+            return super().loss((batch[0][:, :4], batch[1]))
+
+    class Mixed(Strong, L2ERMixin, Cropping):
+        pass
+
+    net = Mixed() if how == "mixin" else Cropping()
+    callbacks = [] if how == "mixin" else [strong()]
+    for width in (4, 6):
+        net.width = width
+        fit(net, loaded([(torch.randn(BATCH, width), labels) for _, labels in batches()]), callbacks=callbacks)
+
+
+def test_an_evaluation_from_a_checkpoint_does_not_turn_the_count_back(tmp_path: Path) -> None:
+    class Evaluated(Net):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.loss(batch)
+
+        def val_dataloader(self) -> Any:
+            return data()
+
+    net, callback = Evaluated(), strong()
+    fit(net, callbacks=[callback]).save_checkpoint(tmp_path / "a.ckpt")
+    fit(net, callbacks=[callback])
+    trainer(callbacks=[callback]).validate(net, ckpt_path=tmp_path / "a.ckpt", verbose=False)
+    fit(net, callbacks=[callback])
+    assert callback.state_dict()["num_steps"] == 3 * BATCHES
+
+
+@HOW
+@pytest.mark.parametrize("finder", ["callback", "tuner"])
+@pytest.mark.filterwarnings("ignore")
+def test_the_steps_of_a_learning_rate_finder_do_not_count(how: str, finder: str, tmp_path: Path) -> None:
+    net, callbacks = by(how)
+    net.lr = 0.1
+    options: dict[str, Any] = {"num_training": 5, "update_attr": False}
+    run = trainer(callbacks=callbacks, default_root_dir=tmp_path)
+    if finder == "tuner":
+        Tuner(run).lr_find(net, data(), **options)
+    else:
+        run.callbacks.insert(0, LearningRateFinder(num_training_steps=5, update_attr=False))  # type: ignore[attr-defined]
+    run.fit(net, data())
+    (regularization,) = (c for c in run.callbacks if isinstance(c, EngineHooks))  # type: ignore[attr-defined]
+    assert regularization.state_dict()["num_steps"] == BATCHES
+
+
+@HOW
+def test_a_checkpoint_made_when_a_batch_arrives_does_not_hold_that_batch(how: str, tmp_path: Path) -> None:
+    class Save(Checkpoint):
+        def on_task_start(self, trainer: Any, pl_module: Any, task: int) -> None:
+            trainer.save_checkpoint(tmp_path / f"{task}.ckpt")
+
+    net, callbacks = by(how)
+    fit(net, callbacks=[*callbacks, Save(), TaskTracker(EveryNSteps(4))], enable_checkpointing=True)
+    states = torch.load(tmp_path / "1.ckpt", weights_only=True)["callbacks"]
+    (state,) = (value for key, value in states.items() if "Regularization" in key)
+    assert state["num_steps"] == 4
+    assert [step for step, _ in state["window"]] == [3]  # not yet the batch of the fifth step, which comes again
+
+
+class Batch(NamedTuple):
+    inputs: torch.Tensor
+    labels: torch.Tensor
+
+
+@HOW
+def test_a_checkpoint_that_cannot_hold_the_batches_says_so_once(how: str, tmp_path: Path) -> None:
+    net, callbacks = by(how)
+    run = fit(net, loaded([Batch(*batch) for batch in batches()]), callbacks=callbacks)
+    with pytest.warns(UserWarning, match=r"cannot hold minibatches .* \(here: Batch\).*no minibatches"):
+        run.save_checkpoint(tmp_path / "a.ckpt")
+    run.save_checkpoint(tmp_path / "b.ckpt")  # another warning would be an error
+    resumed, callbacks = by(how)
+    trainer(callbacks=callbacks, max_epochs=2).fit(resumed, data(), ckpt_path=tmp_path / "a.ckpt")
+
+
+# ---- settings changed between fits ---------------------------------------------------------------------------------
+
+
+def test_settings_changed_between_fits_count_in_the_next_one() -> None:
+    kind = type("Changing", (Reg,), {})
+    net, expected = kind(), Net()
+    fit(net)
+    kind.l2_strength = 0.0  # of the class
+    net.rank_strength = 0.5  # of the instance
+    fit(net)
+    changed = strong()
+    fit(expected, callbacks=[changed])
+    changed.regularizers[:] = [EffectiveRank(0.5, every_n_steps=3)]
+    fit(expected, callbacks=[changed])
+    assert torch.equal(weights(net), weights(expected))
+    assert net.regularization_engine.num_steps == 2 * BATCHES
+    net.rank_strength = -1.0
+    before = weights(net)
+    with pytest.raises(ValueError, match=r"strength=-1\.0"):
+        fit(net)
+    assert torch.equal(weights(net), before)
+
+
+# ---- task boundaries -----------------------------------------------------------------------------------------------
+
+
+@HOW
+@pytest.mark.parametrize("every", [4, 8])
+@pytest.mark.parametrize("schedule", [EveryNSteps(8), EveryNEpochs(1)], ids=["steps", "epochs"])
+@pytest.mark.parametrize("tracker_is", ["given", "attached late"])
+def test_a_task_ends_after_its_last_separate_step(how: str, every: int, schedule: Any, tracker_is: str) -> None:
+    class Look(L.Callback):
+        def __init__(self) -> None:
+            self.starts: list[torch.Tensor] = []
+            self.ends: list[torch.Tensor] = []
+
+        def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+            if tracker_is == "attached late":
+                TaskTracker.attach(trainer, TaskTracker(schedule))
+
+        def on_task_start(self, trainer: Any, pl_module: Any, task: int) -> None:
+            self.starts.append(weights(pl_module))
+
+        def on_task_end(self, trainer: Any, pl_module: Any, task: int) -> None:
+            self.ends.append(weights(pl_module))
+
+    look, saver = Look(), ModelCheckpoint(save_top_k=0)
+    given = [TaskTracker(schedule)] if tracker_is == "given" else []
+    net, callbacks = by(how)
+    if how == "mixin":
+        net.rank_every_n_steps = every  # type: ignore[attr-defined]
+    else:
+        callbacks = [strong(rank_every_n_steps=every)]
+    run = fit(net, max_epochs=3, callbacks=[saver, look, *given, *callbacks], enable_checkpointing=True)
+    assert len(look.ends) == len(look.starts) == 3
+    for end, start in zip(look.ends, [*look.starts[1:], weights(net)], strict=True):
+        assert torch.equal(end, start)
+    assert isinstance(run.callbacks[0], Regularization | MixinRegularization)
+    assert isinstance(run.callbacks[1], TaskTracker)
+    assert run.callbacks[-1] is saver
 
 
 # ---- copies and files ----------------------------------------------------------------------------------------------
@@ -331,12 +551,6 @@ def test_a_loop_without_a_trainer_gives_the_same_weights(accumulate: int) -> Non
     net, expected = Net(), Reg()
     engine, optimizer = RegularizationEngine(strong().regularizers), net.configure_optimizers()
     for index, batch in enumerate(batches(), start=1):
-        engine.remember(batch)
-        (cross_entropy(net.net(batch[0]), batch[1]) / accumulate).backward()
-        if index % accumulate == 0:
-            engine.add_gradients(net.parameters())
-            optimizer.step()
-            engine.after_step(net, lambda batch: net.net(batch[0]))
-            optimizer.zero_grad()
+        train(net, engine, optimizer, batch, accumulate, steps=index % accumulate == 0)
     fit(expected, accumulate_grad_batches=accumulate)
     assert torch.equal(weights(net), weights(expected))

@@ -209,6 +209,40 @@ def test_missing_attribute_is_named() -> None:
         make_trainer(TaskTracker(TaskAttribute("phase"))).fit(Net(), loader())
 
 
+@pytest.mark.parametrize("schedule", [lambda: None, TaskAttribute], ids=["default", "attribute"])
+@pytest.mark.parametrize("error", [RuntimeError, AttributeError])
+@pytest.mark.parametrize("on", ["module", "datamodule"])
+def test_a_property_that_raises_is_told_once_and_marks_no_tasks(schedule: Any, error: type, on: str) -> None:
+    def task_id(self: Any) -> int:
+        raise error("not yet")
+
+    class Data(L.LightningDataModule):
+        def train_dataloader(self) -> DataLoader[Any]:
+            return loader()
+
+    broken = {"task_id": property(task_id)}
+    net = type("Broken", (Net,), broken if on == "module" else {})()
+    datamodule = type("BrokenData", (Data,), broken if on == "datamodule" else {})()
+    tracker, recorder = recorded(schedule())
+    with pytest.warns(UserWarning, match=rf"Broken.*\.task_id raised {error.__name__}") as found:
+        make_trainer(tracker, recorder, max_epochs=2).fit(net, datamodule=datamodule)
+    assert len([warning for warning in found if "task_id raised" in str(warning.message)]) == 1
+    make_trainer(tracker, recorder, max_epochs=2).fit(net, datamodule=datamodule)  # another warning would be an error
+    assert recorder.events == pairs(0, 6, 12)
+
+
+def test_a_private_attribute_serves_where_the_property_raises() -> None:
+    class Broken(PrivateIdNet):
+        @property
+        def task_id(self) -> int:
+            raise RuntimeError
+
+    tracker, recorder = recorded(TaskAttribute())
+    with pytest.warns(UserWarning, match=r"Broken\.task_id raised RuntimeError"):
+        make_trainer(tracker, recorder, max_epochs=2).fit(Broken(), loader())
+    assert recorder.events == pairs(0, 2, 4, 6)
+
+
 def test_by_hand_during_a_fit() -> None:
     tracker, recorder = recorded()
     make_trainer(tracker, recorder, ByHand(tracker, 2, 5), max_epochs=3).fit(Net(), loader())
@@ -334,6 +368,26 @@ def test_order_callbacks_module_datamodule() -> None:
     make_trainer(*callbacks).fit(noting("module", Net), datamodule=noting("data", Data))
     names = ["first", "second", "module", "data"]
     assert calls == [(name, "start", 0) for name in names] + [(name, "end", 0) for name in names]
+
+
+def test_callbacks_that_update_weights_act_before_the_tracker_and_hear_of_tasks_last() -> None:
+    calls: list[str] = []
+
+    class Heard(L.Callback):
+        def on_train_batch_end(self, *_: Any) -> None:
+            calls.append(f"{type(self).__name__} batch")
+
+        def on_task_end(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
+            calls.append(f"{type(self).__name__} task")
+
+    class Watching(Heard):
+        pass
+
+    class Updating(Heard):
+        updates_weights = True
+
+    make_trainer(Watching(), TaskTracker(EveryNSteps(1)), Updating(), limit_train_batches=1).fit(Net(), loader())
+    assert calls == ["Updating batch", "Watching task", "Updating task", "Watching batch"]
 
 
 def test_first_batch_is_there_and_no_weight_has_changed() -> None:

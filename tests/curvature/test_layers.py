@@ -249,7 +249,33 @@ def test_embedding():
     data = torch.randint(9, (6, 5)), torch.randint(3, (6,))
     spectrum = ggn_spectrum(net, cross_entropy, data)
     assert_same_eigenvalues(spectrum, dense_ggn(net, cross_entropy, [data]))
+    assert "general_route" not in spectrum.settings
+    assert_same_eigenvalues(ntk_spectrum(net, cross_entropy, data), dense_ntk(net, [data]))
+
+
+def test_embedding_with_padding_and_repeated_tokens():
+    torch.manual_seed(0)
+    net = Pooled(nn.Sequential(nn.Embedding(4, 3, padding_idx=0), nn.Linear(3, 5), nn.Tanh()), 5).double()
+    batches = [
+        (torch.tensor([[1, 1, 2, 0], [0, 0, 0, 0], [3, 2, 1, 3]]), torch.tensor([0, 2, 1])),
+        (torch.tensor([[2, 2], [0, 3]]), torch.tensor([1, 0])),
+    ]
+    spectrum = ggn_spectrum(net, cross_entropy, batches)
+    assert "general_route" not in spectrum.settings
+    assert_same_eigenvalues(spectrum, dense_ggn(net, cross_entropy, batches))
+    assert_same_eigenvalues(ntk_spectrum(net, cross_entropy, batches), dense_ntk(net, batches))
+    embedding_only = dense_ggn(net, cross_entropy, batches, [net.inner[0].weight])
+    assert_same_eigenvalues(ggn_spectrum(net, cross_entropy, batches, params="inner.0.*"), embedding_only)
+
+
+@pytest.mark.parametrize("options", [{"max_norm": 0.5}, {"scale_grad_by_freq": True}])
+def test_embeddings_that_do_more_than_look_up_go_the_general_way(options):
+    torch.manual_seed(0)
+    net = Pooled(nn.Sequential(nn.Embedding(4, 3, **options), nn.Linear(3, 5), nn.Tanh()), 5).double()
+    data = torch.tensor([[1, 1, 2], [0, 3, 3]]), torch.tensor([0, 2])
+    spectrum = ggn_spectrum(net, cross_entropy, data)
     assert spectrum.settings["general_route"] == ["inner.0.weight"]
+    assert_same_eigenvalues(spectrum, dense_ggn(net, cross_entropy, [data]))
 
 
 def test_batch_norm_that_mixes_samples():
@@ -283,12 +309,15 @@ def test_sequences_of_several_lengths():
     pooled = Pooled(nn.Linear(4, 5), 5).double()
     lengths = (4, 6, 3)
     inputs = [torch.randn(3, length, 4, dtype=torch.float64) for length in lengths]
+    # A mean over the targets: batches of longer sequences weigh more in the tagger.
     for net, targets in (
         (tagger, [torch.randint(3, (3, length)) for length in lengths]),
         (pooled, [torch.randint(3, (3,)) for _ in lengths]),
     ):
         batches = list(zip(inputs, targets, strict=True))
-        assert_same_eigenvalues(ggn_spectrum(net, cross_entropy, batches), dense_ggn(net, cross_entropy, batches))
+        total = sum(target.numel() for target in targets)
+        dense = sum(batch[1].numel() / total * dense_ggn(net, cross_entropy, [batch]) for batch in batches)
+        assert_same_eigenvalues(ggn_spectrum(net, cross_entropy, batches), dense)
 
 
 def test_float32_agrees_to_its_resolution():

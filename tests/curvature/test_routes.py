@@ -5,7 +5,7 @@ import torch
 from problems import Apply, assert_same_eigenvalues, cross_entropy, dense_ggn, dense_jacobian, expanded
 from torch import nn
 
-from lightning_plasticity.curvature import ggn_spectrum, hessian_spectrum, layers
+from lightning_plasticity.curvature import MeasurementError, ggn_spectrum, gram, hessian_spectrum, layers, ntk_spectrum
 
 
 @pytest.mark.parametrize(("channels", "route"), [(64, "_add_pairs"), (2, "_add_rows")])
@@ -74,3 +74,76 @@ class Branching(nn.Module):
     def forward(self, x):
         found = torch.tanh(self.layer(x))
         return self.head(torch.tanh(self.layer(found)) if len(x) < 5 else found)
+
+
+def recurrent():
+    torch.manual_seed(0)
+    net = Recurrent().double()
+    return net, [(torch.randn(n, 4, 3, dtype=torch.float64), torch.randint(3, (n,))) for n in (5, 2)]
+
+
+class Recurrent(nn.Module):
+    """Nothing in it but its head has a shortcut."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.head = nn.GRU(3, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.cell(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("columns", [1000, 50, 7])
+def test_explicit_rows_are_held_a_few_coordinates_at_a_time(columns, monkeypatch):
+    net, batches = recurrent()
+    widths = []
+    add_rows = gram.add_rows
+    monkeypatch.setattr(gram, "add_rows", lambda g, rows: widths.append(rows.shape[-1]) or add_rows(g, rows))
+    monkeypatch.setattr(gram, "MAX_ROW_BYTES", 14 * 8 * columns)  # 7 samples, two columns each, float64
+    spectrum = ggn_spectrum(net, cross_entropy, batches)
+    num_general = sum(parameter.numel() for parameter in net.cell.parameters())
+    assert sum(widths) == num_general
+    assert max(widths) == min(columns, num_general)
+    assert_same_eigenvalues(spectrum, dense_ggn(net, cross_entropy, batches))
+
+
+def test_explicit_rows_have_a_limit(monkeypatch):
+    net, batches = recurrent()
+    monkeypatch.setattr(gram, "MAX_ROW_BYTES", 14 * 8)
+    with pytest.raises(MeasurementError, match=r"14 explicit gradient rows of 108 parameters.*Lower max_rows"):
+        ggn_spectrum(net, cross_entropy, batches)
+    ggn_spectrum(net, cross_entropy, batches, params="cell.bias_ih_l0")  # what it advises
+
+
+def test_output_gradients_are_kept_of_the_samples_in_use_only(monkeypatch):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    data = torch.randn(50, 4, dtype=torch.float64), torch.randint(3, (50,))
+    kept = []
+    found = gram._output_gradients
+    monkeypatch.setattr(gram, "_output_gradients", lambda *arguments: kept.extend(found(*arguments)) or list(kept))
+    assert ggn_spectrum(net, cross_entropy, data, max_rows=6).num_samples == 3
+    assert [(gradient.shape[:2], gradient.untyped_storage().nbytes()) for gradient in kept] == [
+        ((2, 3), 2 * 3 * 5 * 8),
+        ((2, 3), 2 * 3 * 3 * 8),
+    ]
+
+
+@pytest.mark.parametrize("function", [ggn_spectrum, ntk_spectrum])
+def test_max_rows_is_a_bound(function):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 30)).double()
+    data = torch.randn(8, 4, dtype=torch.float64), torch.randn(8, 30, dtype=torch.float64)
+    assert function(net, nn.MSELoss(), data, max_rows=30).settings["rows"] == 30
+    with pytest.raises(MeasurementError, match=r"One sample has 30 Gram rows.*max_rows=29\. Pass max_rows=30 or more"):
+        function(net, nn.MSELoss(), data, max_rows=29)
+
+
+def test_max_rows_is_a_bound_when_later_samples_have_more_rows():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), Apply(lambda x: x.mT)).double()
+    batches = [(torch.randn(3, length, 4, dtype=torch.float64), torch.randint(3, (3, length))) for length in (2, 4, 4)]
+    spectrum = ggn_spectrum(net, cross_entropy, batches, max_rows=40)
+    assert (spectrum.num_samples, spectrum.settings["rows"]) == (5, 40)
+    few = ggn_spectrum(net, cross_entropy, batches, max_rows=16)  # the first batch; the second has no room
+    assert (few.num_samples, few.settings["rows"]) == (3, 12)

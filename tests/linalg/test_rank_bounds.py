@@ -1,10 +1,17 @@
-"""Bounds on the effective rank of a spectrum known through one Lanczos run."""
+"""Bounds on functionals of a spectrum known through one Lanczos run."""
 
 import numpy as np
 import pytest
 import torch
 
-from lightning_plasticity.linalg import effective_rank_bounds, effective_rank_of, stochastic_lanczos_quadrature
+from lightning_plasticity.linalg import (
+    effective_rank_bounds,
+    effective_rank_of,
+    functional_bounds,
+    participation_ratio_of,
+    srank_of,
+    stochastic_lanczos_quadrature,
+)
 
 
 def quadrature_of(eigenvalues, steps, seed=0):
@@ -24,14 +31,15 @@ def spectra():
     }
 
 
+@pytest.mark.parametrize("functional", [effective_rank_of, srank_of, participation_ratio_of])
 @pytest.mark.parametrize("name", spectra())
 @pytest.mark.parametrize("steps", [15, 60])
-def test_the_bounds_hold_the_truth(name, steps):
+def test_the_bounds_hold_the_truth(name, steps, functional):
     eigenvalues = spectra()[name]
-    truth = float(effective_rank_of(eigenvalues.abs()))
+    truth = float(functional(eigenvalues.abs()))
     held = []
     for seed in range(10):
-        lower, upper = effective_rank_bounds(quadrature_of(eigenvalues, steps, seed))
+        lower, upper = functional_bounds(quadrature_of(eigenvalues, steps, seed), functional)
         held.append(lower * (1 - 1e-9) <= truth <= upper * (1 + 1e-9))  # exact after a breakdown, up to rounding
     # Conservative by construction; at a true coverage of 95 % two misses in ten would come up in 9 % of such tests.
     assert sum(held) >= 9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict, namedtuple
+from collections.abc import Iterator, MutableMapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -163,6 +164,38 @@ def test_join_of_one_dataclass_field_each() -> None:
 )
 def test_what_does_not_fit_together_is_not_joined(left: Any, right: Any) -> None:
     assert join_batches([left, right]) is None
+
+
+class Fields(MutableMapping[str, Any]):
+    """A mapping of its own making, whose shallow copy shares the items."""
+
+    def __init__(self, **items: Any) -> None:
+        self.items_ = items
+
+    def __getitem__(self, key: str) -> Any:
+        return self.items_[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.items_[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self.items_[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.items_)
+
+    def __len__(self) -> int:
+        return len(self.items_)
+
+
+def test_a_mapping_without_a_copy_of_its_own_is_not_aliased() -> None:
+    x = numbers()
+    batch = Fields(x=x)
+    clone = clone_batch(batch)
+    assert isinstance(clone, Fields)
+    assert batch["x"] is x
+    assert clone["x"] is not x
+    assert torch.equal(clone["x"], x)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,9 @@ import random
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -15,10 +18,12 @@ import torch
 from states import bits, changed, state
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_plasticity.nn import is_measuring, preserve_rng, undisturbed
+from lightning_plasticity.nn.snapshot import MANY, Snapshot
 
 
 class Everything(L.LightningModule):
@@ -279,6 +284,108 @@ def test_attention_can_be_differentiated_twice() -> None:
         (gradient,) = torch.autograd.grad(loss, [layer.linear1.weight], create_graph=True)
         (second,) = torch.autograd.grad(gradient.square().sum(), [layer.linear1.weight])
     assert second.abs().sum() > 0
+
+
+class Meter:
+    """A plain helper object, as people put on their modules."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self.rng = np.random.default_rng(1)
+        self.seen: list[Any] = [[1]]
+        self.memory = np.zeros(3)
+        self.state = SimpleNamespace(weight=torch.zeros(2), owner=self)
+        self.history = History([1])
+        self.draw = partial(np.random.default_rng(2).random, 2)
+
+    def __call__(self) -> None:
+        self.total += float(self.rng.random() + self.draw().sum())
+        self.seen.append(2)
+        self.seen[0].append(3)
+        self.memory += 1
+        self.history.count += 1
+        self.history.append(self)
+        self.state.weight.add_(1)
+        self.state.added = [self]
+
+    def contents(self) -> list[Any]:
+        values = [self.total, self.seen, self.memory.tolist(), self.state.weight.tolist(), sorted(vars(self.state))]
+        values += [list(self.history), self.history.count]
+        return deepcopy([*values, self.rng.bit_generator.state, self.draw.func.__self__.bit_generator.state])  # type: ignore[attr-defined]
+
+
+class History(list[Any]):
+    """A list with an attribute."""
+
+    count = 0
+
+
+class Chained:
+    def __init__(self, following: Any) -> None:
+        self.following = following
+
+
+class Served(Dataset[Any]):
+    """Looks like a helper, but holds the data."""
+
+    def __init__(self) -> None:
+        self.x = torch.zeros(2)
+
+
+def test_plain_helper_objects_are_as_they_were() -> None:
+    module = nn.Linear(2, 2)
+    module.meter = meter = Meter()
+
+    def closure(again: bool = True) -> None:
+        meter()
+        if again:
+            closure(False)  # a function that holds itself
+
+    module.closure = closure
+    module.hidden = [Chained(inner := Meter())]
+    for _ in range(5000):
+        module.hidden[0] = Chained(module.hidden[0])
+    parts, before = (meter.seen, meter.state, meter.memory), [meter.contents(), inner.contents()]
+    with undisturbed(module):
+        module.closure()
+        module.meter()
+        inner()
+        module.meter = None
+    assert [meter.contents(), inner.contents()] == before
+    assert module.meter is meter
+    assert all(now is then for now, then in zip((meter.seen, meter.state, meter.memory), parts, strict=True))
+
+
+def test_datasets_loggers_trainers_and_long_lists_are_not_copied() -> None:
+    module, trainer = L.LightningModule(), L.Trainer(logger=False, accelerator="cpu")
+    module.data, module.source = Served(), DataLoader(TensorDataset(torch.zeros(3)))
+    module.trainer = trainer
+    module.long = [torch.zeros(1) for _ in range(MANY + 1)]
+    snapshot = Snapshot(module)
+    assert not {id(module.data), id(module.source), id(trainer)} & snapshot._objects.keys()
+    assert snapshot._tensors == {}
+    module.long.pop()
+    snapshot.restore()
+    assert len(module.long) == MANY + 1
+
+
+def test_settings_of_optimizers_and_schedulers_are_put_back() -> None:
+    module = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    second = torch.optim.Adam(module.parameters(), lr=torch.tensor(0.1))
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+    optimizer.step()
+    groups, before = optimizer.param_groups, str((optimizer.state_dict(), second.state_dict(), scheduler.state_dict()))
+    with undisturbed(module, optimizers=[optimizer, second], schedulers=[scheduler]):
+        optimizer.param_groups[0]["lr"] *= 0.5
+        optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))]})
+        second.param_groups[0]["lr"].mul_(0.5)
+        scheduler.step()
+        scheduler.last_epoch = 7
+        scheduler.base_lrs[0] = 3.0
+    assert str((optimizer.state_dict(), second.state_dict(), scheduler.state_dict())) == before
+    assert optimizer.param_groups is groups
+    assert optimizer.param_groups[0]["params"][0] is module.weight
 
 
 def test_lightning_log_is_silent_inside_and_back_after() -> None:
