@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_plasticity.callbacks.arguments import choices, label, whole_number
@@ -248,10 +249,13 @@ class BoundaryMonitor(Callback):
 
     def _log(self, logger: Any, record: TaskRecord, measurement: Measurement) -> None:
         scalars: dict[str, float] = {"plasticity/task": float(record.task)}
+        # An exact spectrum has intervals too, of rounding, at some tasks only: for the record, not for curves.
+        spectra = measurement.spectra.items()
+        estimated = tuple(self.named(f"plasticity/{matrix}/") for matrix, spectrum in spectra if not spectrum.exact)
         for key, estimate in record.values.items():
             tag = _phased(key, record.phase)
             scalars[tag] = estimate.value
-            if not estimate.exact:
+            if not estimate.exact and key.startswith(estimated):
                 scalars |= {f"{tag}_lower": estimate.lower, f"{tag}_upper": estimate.upper}
         log_scalars([logger], scalars, record.step)
         for key, (values, counts) in measurement.histograms.items():
@@ -295,6 +299,8 @@ def _tell(trainer: Trainer, what: str) -> None:
     bar: Any = trainer.progress_bar_callback
     if bar is not None and getattr(bar, "is_enabled", True):
         bar.print(what)
+    else:
+        rank_zero_info(what)
 
 
 def describe(error: Exception) -> str:

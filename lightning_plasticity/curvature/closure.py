@@ -27,12 +27,14 @@ class Evaluation:
         num_samples: N, size of the batch.
         output_loss: the loss as a function of the outputs, which GGN and NTK need; None when it could not be found.
         note: why it could not be found, or what it leaves out.
+        loss_note: what the loss is, where that is not obvious.
     """
 
     loss: Tensor
     num_samples: int
     output_loss: OutputLoss | None
     note: str = ""
+    loss_note: str = ""
 
 
 class LossClosure:
@@ -71,7 +73,15 @@ class LossClosure:
         elif note and (plain := self._plain_outputs(batch)) is not None:
             output_loss, note = plain, ""
         num_samples = output_loss.num_samples if output_loss is not None else batch_size(batch)
-        return Evaluation(loss, num_samples, output_loss, note)
+        return Evaluation(loss, num_samples, output_loss, note, self._loss_note())
+
+    def _loss_note(self) -> str:
+        if len(self._collected) < 2:
+            return ""
+        return (
+            "The loss measured is the sum of all that the step gives to manual_backward; define curvature_loss(batch) "
+            f"on the module to name one ({len(self._collected)} losses)."
+        )
 
     def run(self, batch: Any, index: int = 0) -> None:
         """Only run the forward pass, for those who watch its activations; any loss will do, or none."""

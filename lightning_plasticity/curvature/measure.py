@@ -145,6 +145,8 @@ def measure_hessian(
         "resolution": RESOLUTION.get(operator.dtype, 1e-2) * top,
         "settings": {"dtype": _name(operator.dtype), "mode": measured.mode, "live_coordinates": num_live},
     }
+    if note := evaluations[0].loss_note:
+        about["settings"]["note"] = note
     if quadrature is None:
         return Spectrum.from_eigenvalues(values, operator.num_params, **about)
     about["settings"]["num_steps"] = len(values)

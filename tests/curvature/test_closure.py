@@ -301,3 +301,19 @@ def test_run_only_runs():
     closure.run(DATA)  # any loss will do
     with pytest.raises(MeasurementError):
         closure(DATA)
+
+
+def test_a_sum_of_manual_losses_says_so() -> None:
+    module, collected = torch.nn.Linear(2, 1), []
+
+    def training_step(batch: Tensor) -> None:
+        collected.extend([module(batch).square().mean(), module(batch).abs().mean()][: len(batch)])
+
+    module.training_step = training_step  # type: ignore[assignment]
+    closure = LossClosure(module, collected=collected)
+    both = closure(torch.ones(2, 2))
+    assert "sum of all" in both.loss_note
+    assert "(2 losses)" in both.loss_note
+    one = closure(torch.ones(1, 2))
+    assert one.loss_note == ""
+    assert torch.equal(one.loss, collected[0])
