@@ -306,7 +306,7 @@ def test_run_only_runs():
 def test_a_sum_of_manual_losses_says_so() -> None:
     module, collected = torch.nn.Linear(2, 1), []
 
-    def training_step(batch: Tensor) -> None:
+    def training_step(batch: torch.Tensor) -> None:
         collected.extend([module(batch).square().mean(), module(batch).abs().mean()][: len(batch)])
 
     module.training_step = training_step  # type: ignore[assignment]
