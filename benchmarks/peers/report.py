@@ -40,6 +40,8 @@ Written by `python -m benchmarks.peers` (`--only TASK` for a part); raw numbers 
 thread, libraries in turns, each turn in a fresh process that has run a toy problem before. *seconds* is the median over
 turns (least-most); *to ours* is the median of each turn's ratio to our time (above 1: ours is faster); *memory* is the
 peak above what the process held before. *agrees* compares a result with ours, so that the same work is compared.
+Dates come with the load average when a table was finished: well above 1, the machine was shared, and the numbers are
+preliminary.
 """
 
 
@@ -84,13 +86,18 @@ def table(name: str, found: dict[str, Any]) -> str:
     """One case."""
     rows = found["rows"]
     own = rows.get("ours") or rows.get("lightning_plasticity")
-    when = f" ({found['when']})" if "when" in found else ""
+    when = f" ({found['when']}, {_load(found['machine'])})" if "when" in found else ""
     lines = [f"### {name}{when}", ""]
     if summary := _summary(rows, own):
         lines += [summary, ""]
     lines += ["| | seconds | to ours | memory, MB | result | agrees |", "|---|---|---|---|---|---|"]
     order = sorted(rows, key=lambda key: statistics.median(rows[key].get("seconds", [float("inf")])))
     return "\n".join(lines + [_row(key, rows[key], own) for key in order])
+
+
+def _load(about: str) -> str:
+    """The one-minute load average out of ``machine``."""
+    return "load " + about.split("(load ", 1)[1].split(",", 1)[0]
 
 
 def _summary(rows: dict[str, Any], own: dict[str, Any] | None) -> str:
