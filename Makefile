@@ -17,10 +17,11 @@ export OMP_NUM_THREADS
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
+INSTALLED_BENCH := $(VENV)/.installed-bench
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test install dev lint format types tests clean
+.PHONY: help demo test install dev lint format types tests bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -52,6 +53,9 @@ types: $(INSTALLED_DEV) ## check types
 tests: $(INSTALLED_DEV) ## run the tests (arguments in ARGS)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
+bench: $(INSTALLED_BENCH) ## compare speed with other libraries (ARGS="--quick" for a smoke test)
+	$(BIN)/python -m benchmarks.peers $(ARGS)
+
 clean: ## remove the virtual environment and what the tools left
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -65,4 +69,8 @@ $(INSTALLED): pyproject.toml | $(BIN)/python
 
 $(INSTALLED_DEV): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --editable '.[dev]'
+	touch $(INSTALLED) $@
+
+$(INSTALLED_BENCH): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[bench]'
 	touch $(INSTALLED) $@

@@ -1,0 +1,39 @@
+"""CPU seconds and memory of this process."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+
+def cpu_seconds(function: Callable[[], Any]) -> float:
+    started = time.process_time()
+    function()
+    return time.process_time() - started
+
+
+def max_rss_mb() -> float:
+    """The most memory this process has held so far (Linux counts in kilobytes)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def repeated(function: Callable[[], Any], first: float, min_seconds: float, max_calls: int = 1000) -> float:
+    """CPU seconds of one call, the median over more calls when the first one was short (and then without it)."""
+    if first >= min_seconds:
+        return first
+    calls = min(max_calls, max(3, int(min_seconds / max(first, 1e-5))))
+    return statistics.median(cpu_seconds(function) for _ in range(calls))
+
+
+def interleaved(variants: Mapping[str, Callable[[], Any]], rounds: int, min_seconds: float) -> dict[str, list[float]]:
+    """CPU seconds of one call of each variant, one entry for each round, round by round."""
+    found: dict[str, list[float]] = {name: [] for name in variants}
+    for function in variants.values():
+        function()
+    for _ in range(rounds):
+        for name, function in variants.items():
+            found[name].append(repeated(function, cpu_seconds(function), min_seconds))
+    return found
