@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 from lightning.pytorch.callbacks import Checkpoint
 from torch.utils.data import DataLoader, TensorDataset
@@ -14,6 +15,13 @@ from lightning_plasticity.callbacks.schedules import (
     TaskSchedule,
 )
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
+
+FILTERS = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:.*dataloader is not resumable"),
+    pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch ended"),
+]
 
 BATCHES = 3  # per epoch, everywhere
 Event = tuple[str, int, int]  # (hook, task, cumulative step)

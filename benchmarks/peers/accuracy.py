@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
+import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -116,8 +117,8 @@ def seconds(truth: Truth, steps: Sequence[int]) -> dict[str, dict[int, float]]:
 
         problem, peer = Problem("digits", model, *data), load("pyhessian")
         measures["plain"] = lambda m: peer.hessian(problem, m)
-    except ImportError:
-        pass
+    except ImportError as error:
+        print(f"plain Lanczos is not timed: {error}", file=sys.stderr)
     found: dict[str, dict[int, float]] = {}
     for name, measure in measures.items():
         measure(3)

@@ -122,6 +122,7 @@ def measure_hessian(
         live = operator.live_coordinates(generator)
         num_live = int(live.sum())
         about: dict[str, Any] = {"matrix": "hessian", "num_samples": total}
+        steps = _affordable_steps(num_steps, operator)
         exact = method == "exact" or (method == "auto" and num_live <= exact_limit) or num_live == 0
         if exact:
             quadrature = None
@@ -130,7 +131,7 @@ def measure_hessian(
             quadrature = stochastic_lanczos_quadrature(
                 operator.matvec,
                 operator.num_params,
-                _affordable_steps(num_steps, operator),
+                steps,
                 generator=generator,
                 mask=live,
                 dtype=operator.dtype,
@@ -150,7 +151,7 @@ def measure_hessian(
     if quadrature is None:
         return Spectrum.from_eigenvalues(values, operator.num_params, **about)
     about["settings"]["num_steps"] = len(values)
-    if _affordable_steps(num_steps, operator) < num_steps:
+    if steps < num_steps:
         about["settings"]["num_steps_wanted"] = num_steps  # the basis had no room for them
     return Spectrum.from_quadrature(quadrature, operator.num_params, **about)
 

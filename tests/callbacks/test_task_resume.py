@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, LearningRateFinder, ModelCheckpoint, OnExceptionCheckpoint
 from task_runs import (
     BATCHES,
+    FILTERS,
     ByHand,
     CutAt,
     CutError,
@@ -35,12 +36,7 @@ from lightning_plasticity.callbacks.schedules import (
 )
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
-    pytest.mark.filterwarnings("ignore:.*dataloader is not resumable"),
-    pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch ended"),
-]
+pytestmark = FILTERS
 
 # --- resuming ---
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from task_runs import (
+    FILTERS,
     ByHand,
     CutAt,
     CutError,
@@ -32,12 +33,7 @@ from lightning_plasticity.callbacks.schedules import (
 )
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
-    pytest.mark.filterwarnings("ignore:.*dataloader is not resumable"),
-    pytest.mark.filterwarnings("ignore:.*resuming from a checkpoint that ended before the epoch ended"),
-]
+pytestmark = FILTERS
 
 # --- where the boundaries fall ---
 

@@ -246,6 +246,8 @@ def test_in_place_changes_can_still_be_differentiated() -> None:
     with undisturbed(module, mode="as_is"):
         module(torch.randn(4, 2))
     loss.backward()
+    assert module.weight.grad is not None
+    assert torch.equal(module.weight.grad, module.running_mean)
 
 
 @pytest.mark.parametrize(("mode", "training", "norm", "dropout"), [
