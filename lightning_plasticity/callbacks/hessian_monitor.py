@@ -12,7 +12,8 @@ from lightning_plasticity.callbacks.live import live_optimizers
 from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement, OnError, Phase, describe
 from lightning_plasticity.curvature import Measured, MeasurementError, Spectrum, measure_gram, measure_hessian
 from lightning_plasticity.curvature.closure import LossFunction
-from lightning_plasticity.curvature.measure import LANCZOS_STEPS, MAX_ROWS
+from lightning_plasticity.curvature.gram_measure import MAX_ROWS
+from lightning_plasticity.curvature.hessian_measure import LANCZOS_STEPS
 from lightning_plasticity.linalg import Estimate
 from lightning_plasticity.loggers import log_figure, spectra_figure, takes_figures
 from lightning_plasticity.nn.batches import batch_size, clone_batch

@@ -11,13 +11,9 @@ from torch.utils.data import Dataset
 
 from lightning_plasticity.curvature.closure import LossFunction
 from lightning_plasticity.curvature.errors import MeasurementError
-from lightning_plasticity.curvature.measure import (
-    LANCZOS_STEPS,
-    Measured,
-    Method,
-    measure_gram,
-    measure_hessian,
-)
+from lightning_plasticity.curvature.gram_measure import measure_gram
+from lightning_plasticity.curvature.hessian_measure import LANCZOS_STEPS, Method, measure_hessian
+from lightning_plasticity.curvature.measured import Measured
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.nn import Mode
 from lightning_plasticity.nn.batches import map_tensors

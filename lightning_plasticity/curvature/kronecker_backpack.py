@@ -28,7 +28,7 @@ from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.kronecker_hooks import num_positions
 from lightning_plasticity.curvature.kronecker_layers import ROOT, ChosenLayer, FactorSums, usable_calls
 from lightning_plasticity.curvature.layers import LayerTaps, patches_of
-from lightning_plasticity.curvature.measure import Measured, _require_outputs
+from lightning_plasticity.curvature.measured import Measured, require_outputs
 from lightning_plasticity.curvature.output_loss import OutputLoss
 from lightning_plasticity.nn import undisturbed
 
@@ -59,7 +59,7 @@ def backpack_factors(
     twin, network, twins = _converted_copy(measured.module, layers)
     for index, batch in enumerate(measured.batches):
         with measured.open() as closure, LayerTaps(measured.module) as taps:
-            loss = _require_outputs(closure(batch, index))
+            loss = require_outputs(closure(batch, index))
             outputs = loss.outputs.detach()
             sums.skipped |= usable_calls(taps, layers, loss.num_samples)[1]
         inputs = as_pair(batch)[0]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_plasticity.curvature.gram import CHECK_TOLERANCE
 from lightning_plasticity.curvature.kronecker_layers import ChosenLayer, FactorSums, usable_calls
 from lightning_plasticity.curvature.layers import LayerCall, LayerTaps, patches_of
-from lightning_plasticity.curvature.measure import Measured, _require_outputs
+from lightning_plasticity.curvature.measured import Measured, require_outputs
 
 PATCH_CHUNK = 4 * 2**20  # float64 entries of patches held at once
 
@@ -27,7 +27,7 @@ def hook_factors(measured: Measured, layers: Sequence[ChosenLayer]) -> FactorSum
     sums = FactorSums()
     for index, batch in enumerate(measured.batches):
         with measured.open() as closure, LayerTaps(measured.module) as taps:
-            loss = _require_outputs(closure(batch, index))
+            loss = require_outputs(closure(batch, index))
             calls, skipped = usable_calls(taps, layers, loss.num_samples)
             used = [layer for layer in layers if layer.name in calls]
             columns = loss.hessian_factor().to(loss.outputs.dtype)  # (R, N, ...)

@@ -20,16 +20,10 @@ from lightning_plasticity.curvature.closure import LossFunction
 from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.functions import as_batches
 from lightning_plasticity.curvature.gram import GramRows, assemble, collect_rows, disagreements
+from lightning_plasticity.curvature.hessian_measure import Method, check_method
 from lightning_plasticity.curvature.layers import LayerTaps
 from lightning_plasticity.curvature.linearized_result import LinearizedPrediction
-from lightning_plasticity.curvature.measure import (
-    RESOLUTION,
-    Measured,
-    Method,
-    _check_method,
-    _finite,
-    _require_outputs,
-)
+from lightning_plasticity.curvature.measured import RESOLUTION, Measured, finite, require_outputs
 from lightning_plasticity.curvature.ntk_operator import NtkOperator
 from lightning_plasticity.curvature.output_loss import OutputLoss
 from lightning_plasticity.linalg import lanczos
@@ -149,7 +143,7 @@ def _residuals(measured: Measured) -> _Start:
     dtype = torch.float64
     with measured.open() as closure:
         for index, batch in enumerate(measured.batches):
-            loss = _require_outputs(closure(batch, index))
+            loss = require_outputs(closure(batch, index))
             parts.append(_residual(loss))
             sizes.append(loss.num_samples)
             curvatures.add(_curvature(loss))
@@ -159,7 +153,7 @@ def _residuals(measured: Measured) -> _Start:
             "The batches differ in outputs per sample, or a summed loss is taken of batches of different sizes; pass "
             "one batch, or a loss with reduction='mean'."
         )
-    return _Start(_finite(torch.cat(parts, dim=1)), sizes, curvatures.pop(), dtype)
+    return _Start(finite(torch.cat(parts, dim=1)), sizes, curvatures.pop(), dtype)
 
 
 def _residual(loss: OutputLoss) -> Tensor:
@@ -194,13 +188,13 @@ def _exact(measured: Measured, parameters: Sequence[nn.Parameter], start: _Start
             batches: list[GramRows] = []
             for index, batch in enumerate(measured.batches):
                 with LayerTaps(measured.module) as taps:
-                    loss = _require_outputs(closure(batch, index))
+                    loss = require_outputs(closure(batch, index))
                 batches.append(collect_rows(loss.outputs, _unit_columns(loss.outputs), taps, parameters, excluded))
             if not (torn := disagreements(batches)):
                 gram = assemble(batches)
                 break
         excluded |= torn
-    values, vectors = torch.linalg.eigh(_finite(gram.matrix) / gram.num_samples)
+    values, vectors = torch.linalg.eigh(finite(gram.matrix) / gram.num_samples)
     coefficients = vectors.T @ start.residual.to(vectors.device).flatten()
     return {
         "nodes": start.curvature * values.clamp_min(0.0).cpu(),
@@ -221,7 +215,7 @@ def _by_lanczos(
 ) -> dict[str, Any]:
     """A Gauss quadrature of the residual's spectral measure."""
     with measured.open() as closure:
-        outputs = [_require_outputs(closure(batch, index)).outputs for index, batch in enumerate(measured.batches)]
+        outputs = [require_outputs(closure(batch, index)).outputs for index, batch in enumerate(measured.batches)]
         operator = NtkOperator(outputs, parameters)
         vector = start.residual.to(operator.device, operator.dtype).flatten()
         run = lanczos(operator.matvec, vector, num_steps)
@@ -237,7 +231,7 @@ def _by_lanczos(
 
 
 def _check_arguments(learning_rate: float, num_steps: int, method: str, lanczos_steps: int | None) -> None:
-    _check_method(method)
+    check_method(method)
     if not 0 < learning_rate < float("inf"):
         raise ValueError(f"learning_rate={learning_rate}, expected a positive number.")
     if num_steps < 1:

@@ -325,7 +325,7 @@ def test_nothing_has_changed_after(function, mode):
 @pytest.mark.parametrize(("room", "steps"), [(0, 2), (7, 7), (40, 20)])
 def test_fewer_steps_where_the_basis_has_no_room(room, steps, monkeypatch):
     net, data = mlp(8, 20, 15, 4), classes(50, 8, 4)
-    monkeypatch.setattr("lightning_plasticity.curvature.measure.MAX_BASIS_BYTES", room * 559 * 8)
+    monkeypatch.setattr("lightning_plasticity.curvature.hessian_measure.MAX_BASIS_BYTES", room * 559 * 8)
     spectrum = hessian_spectrum(net, F.cross_entropy, data, method="lanczos", num_steps=20)
     assert spectrum.settings["num_steps"] == len(spectrum.quadrature.nodes) == steps
     assert spectrum.settings.get("num_steps_wanted") == (20 if steps < 20 else None)

@@ -1,0 +1,101 @@
+"""What a curvature spectrum is measured on, and the small things that all measurements share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_plasticity.curvature.closure import Evaluation, LossClosure, LossFunction
+from lightning_plasticity.curvature.errors import MeasurementError
+from lightning_plasticity.curvature.output_loss import OutputLoss
+from lightning_plasticity.nn import Mode, undisturbed
+
+# Rounding of one eigenvalue relative to the largest, by the dtype of the products.
+RESOLUTION = {torch.float64: 1e-13, torch.float32: 1e-6}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What to measure on: a module, its batches and how the loss is found.
+
+    Attributes:
+        module: any module, run as it is.
+        batches: the probe data, already on the module's device.
+        loss_fn: ``loss_fn(outputs, targets)``, or None to use the module's own hooks or training step.
+        params: names or wildcards of the parameters that count; None for all trainable ones.
+        mode: what BatchNorm and dropout do, see ``undisturbed``.
+        seed: of the random state during the measurement, and of the probes.
+        optimizers: live optimizers of a manually optimised module.
+        schedulers: their schedulers.
+    """
+
+    module: nn.Module
+    batches: Sequence[Any]
+    loss_fn: LossFunction | None = None
+    params: str | Sequence[str] | None = None
+    mode: Mode = "frozen"
+    seed: int = 0
+    optimizers: Sequence[Any] = ()
+    schedulers: Sequence[Any] = ()
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that count, each once.
+
+        Raises:
+            MeasurementError: when there is none.
+            ValueError: when a pattern matches none.
+        """
+        named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad and p.is_floating_point()]
+        if not named:
+            raise MeasurementError(
+                f"{type(self.module).__name__} has no trainable parameter; curvature needs at least one with "
+                "requires_grad."
+            )
+        if self.params is None:
+            return [parameter for _, parameter in named]
+        patterns = [self.params] if isinstance(self.params, str) else list(self.params)
+        unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name, _ in named)]
+        if unknown or not patterns:
+            raise ValueError(
+                f"params={unknown} match nothing; those that exist: {', '.join(name for name, _ in named)}."
+            )
+        return [p for name, p in named if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+    def __post_init__(self) -> None:
+        """Refuse empty probe data here, once for all measurements."""
+        if not self.batches:
+            raise MeasurementError("There is no probe data: the loader or the data argument gave no batch.")
+
+    @contextmanager
+    def open(self) -> Iterator[LossClosure]:
+        """The closure that evaluates the loss, inside the undisturbed context."""
+        context = undisturbed(
+            self.module, mode=self.mode, seed=self.seed, optimizers=self.optimizers, schedulers=self.schedulers
+        )
+        with context as collected:
+            yield LossClosure(self.module, self.loss_fn, collected)
+
+
+def require_outputs(evaluation: Evaluation) -> OutputLoss:
+    """The loss as a function of outputs; a ``MeasurementError`` says why there is none."""
+    if evaluation.output_loss is None:
+        raise MeasurementError(evaluation.note)
+    return evaluation.output_loss
+
+
+def finite(matrix: Tensor) -> Tensor:
+    """The matrix itself; a ``MeasurementError`` where it is not finite."""
+    if not bool(torch.isfinite(matrix).all()):
+        raise MeasurementError("The curvature matrix holds NaN or inf; look for them in weights, data and loss.")
+    return matrix
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``"float32"`` and the like."""
+    return str(dtype).removeprefix("torch.")
