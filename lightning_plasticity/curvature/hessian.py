@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from lightning_plasticity.curvature.errors import MeasurementError
 
 VMAP_PRODUCTS = 32  # products that one vectorised backward pass computes
-MAX_ASYMMETRY = 1e-2
+
+
+Graph = tuple[float, Sequence[Tensor | None]]  # weight of a loss, and its gradient with a graph
 
 
 class HessianOperator:
@@ -28,15 +30,38 @@ class HessianOperator:
     """
 
     def __init__(self, losses: Sequence[Tensor], weights: Sequence[float], parameters: Sequence[nn.Parameter]) -> None:
+        self._prepare(parameters)
+        kept = [(weight, self._gradient(loss)) for weight, loss in zip(weights, losses, strict=True)]
+        self._graphs: Callable[[], Iterable[Graph]] = lambda: kept
+        self._keeps = True
+
+    @classmethod
+    def rebuilding(
+        cls, losses: Callable[[], Iterable[tuple[float, Tensor]]], parameters: Sequence[nn.Parameter]
+    ) -> HessianOperator:
+        """An operator that keeps no graph: every product makes them anew, one after the other.
+
+        It needs the memory of one batch's graph only, and about 1.6 times as long.
+
+        Args:
+            losses: gives weights and losses, each loss when it is asked for; the same ones every time.
+            parameters: as in the constructor.
+        """
+        operator = cls.__new__(cls)
+        operator._prepare(parameters)
+        operator._graphs = lambda: ((weight, operator._gradient(loss)) for weight, loss in losses())
+        operator._keeps = False
+        return operator
+
+    def _prepare(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
         self.num_params = sum(parameter.numel() for parameter in parameters)
         self.dtype = self.parameters[0].dtype
         self.device = self.parameters[0].device
         self.num_products = 0
-        self._weights = list(weights)
-        self._gradients = [
-            torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True) for loss in losses
-        ]
+
+    def _gradient(self, loss: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
 
     def matvec(self, vector: Tensor) -> Tensor:
         """(P,) -> (P,)."""
@@ -61,7 +86,7 @@ class HessianOperator:
         vector = vector.contiguous()
         total = torch.zeros(vector.shape, dtype=self.dtype, device=self.device)
         directions, slots = self._split(vector), self._split(total)
-        for weight, gradients in zip(self._weights, self._gradients, strict=True):
+        for weight, gradients in self._graphs():
             pairs = [
                 (g, d.to(g.dtype))
                 for g, d in zip(gradients, directions, strict=True)
@@ -73,7 +98,7 @@ class HessianOperator:
                 [g for g, _ in pairs],
                 self.parameters,
                 [d for _, d in pairs],
-                retain_graph=True,
+                retain_graph=self._keeps,
                 allow_unused=True,
                 is_grads_batched=batched,
             )
@@ -84,26 +109,24 @@ class HessianOperator:
 
     def live_coordinates(self, generator: torch.Generator) -> Tensor:
         """(P,) bool: coordinates whose rows are not exactly zero (dead units, constant inputs), from one product."""
-        probe = torch.randn(self.num_params, generator=generator, dtype=torch.float64)
-        product = self.matvec(probe.to(self.device, self.dtype))
+        return self.probe(generator)[1] != 0
+
+    def probe(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A Gaussian vector, the same on every device, and the product with it, both (P,).
+
+        Where the product is exactly zero, so is the row, up to chance of probability zero.
+
+        Raises:
+            MeasurementError: when the product is not finite.
+        """
+        vector = torch.randn(self.num_params, generator=generator).to(self.device, self.dtype)
+        product = self.matvec(vector)
         if not bool(torch.isfinite(product).all()):
             raise MeasurementError("A Hessian-vector product is not finite; look for NaN or inf in weights and data.")
-        return product != 0
-
-    def asymmetry(self, generator: torch.Generator) -> tuple[float, float]:
-        """|<u, Hv> - <v, Hu>| over |Hu| |v|, and |Hu|: how wrong a double backward is, on products of what size.
-
-        Rounding, for a Hessian; except where the Hessian itself is rounding.
-        """
-        u, v = (torch.randn(self.num_params, generator=generator, dtype=torch.float64) for _ in range(2))
-        u, v = u.to(self.device, self.dtype), v.to(self.device, self.dtype)
-        product_u, product_v = self.matvec(u), self.matvec(v)
-        size = float(product_u.norm())
-        scale = max(size * float(v.norm()) / self.num_params**0.5, 1e-300)
-        return abs(float(torch.dot(u, product_v) - torch.dot(v, product_u))) / scale, size
+        return vector, product
 
     def dense(self, live: Tensor) -> Tensor:
-        """(d, d) float64 Hessian on the live coordinates, symmetrised."""
+        """(d, d) float64 Hessian on the live coordinates, row by row as computed: symmetric up to rounding."""
         indices = live.nonzero()[:, 0]
         rows = torch.empty(len(indices), len(indices), dtype=torch.float64, device=self.device)
         for start in range(0, len(indices), VMAP_PRODUCTS):
@@ -111,4 +134,4 @@ class HessianOperator:
             units = torch.zeros(len(chunk), self.num_params, dtype=self.dtype, device=self.device)
             units[torch.arange(len(chunk)), chunk] = 1.0
             rows[start : start + len(chunk)] = self.matmat(units)[:, indices].double()
-        return 0.5 * (rows + rows.T)
+        return rows

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
+from lightning_plasticity.linalg.krylov_basis import KrylovBasis
+
 Matvec = Callable[[Tensor], Tensor]
 
 # Relative size of beta at which the Krylov space counts as exhausted: the rounding of one product.
 BREAKDOWN = {torch.float64: 1e-13, torch.float32: 2e-6}
-# A sweep that leaves less than this share of the vector is repeated: what is left is dominated by rounding.
-SECOND_PASS = 0.1
+NORM_BLOCK = 65_536  # coordinates whose squares are added in the vector's own precision
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +33,9 @@ class LanczosResult:
         breakdown: whether an invariant subspace was found (``beta[-1]`` is rounding); the run is then exact
             for its start vector.
         basis: (K, P) the orthonormal vectors, in the operator's dtype, or None when they were not asked for.
-        num_products: operator applications used.
+        num_products: operator applications used, one for each step.
+        asymmetry: the largest |<v_j, H v_k>|, j < k - 1, relative to the largest coefficient so far: rounding where the
+            operator is symmetric.
     """
 
     alpha: NDArray[np.float64]
@@ -40,6 +43,7 @@ class LanczosResult:
     breakdown: bool
     basis: Tensor | None
     num_products: int
+    asymmetry: float = 0.0
 
     def ritz(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Ritz values (K,), ascending, and the eigenvectors (K, K) of the Jacobi matrix, by columns."""
@@ -47,7 +51,16 @@ class LanczosResult:
         return nodes, vectors
 
 
-def lanczos(matvec: Matvec, start: Tensor, num_steps: int, *, keep_basis: bool = False) -> LanczosResult:
+def lanczos(
+    matvec: Matvec,
+    start: Tensor,
+    num_steps: int,
+    *,
+    keep_basis: bool = False,
+    first_product: Tensor | None = None,
+    storage: torch.dtype | None = None,
+    stop: Callable[[int], bool] | None = None,
+) -> LanczosResult:
     """Run Lanczos from ``start`` for at most ``num_steps`` steps.
 
     The basis is kept in the operator's dtype and each new vector is swept once against all of it (a second time when
@@ -56,10 +69,14 @@ def lanczos(matvec: Matvec, start: Tensor, num_steps: int, *, keep_basis: bool =
     Source: Lanczos 1950; full reorthogonalisation as in Golub and Van Loan, Matrix Computations, 4th ed., 10.3.1.
 
     Args:
-        matvec: product with a symmetric operator, (P,) -> (P,), same dtype and device as ``start``.
+        matvec: product with a symmetric operator, (P,) -> (P,), same dtype and device as ``start``; it may return the
+            same tensor every time.
         start: (P,) any nonzero vector; normalised here.
         num_steps: at most this many products; at most P are done.
         keep_basis: whether the result holds the (K, P) basis.
+        first_product: (P,) the product with ``start``, where it is known already; one application less.
+        storage: dtype in which the basis is kept; ``torch.float16`` halves its memory, None is the dtype of ``start``.
+        stop: asked before step k = 1, 2, ... with the number of steps done; True ends the run there.
 
     Raises:
         ValueError: for a zero or non-finite start, ``num_steps`` below 1, or a product that is not finite.
@@ -74,47 +91,49 @@ def lanczos(matvec: Matvec, start: Tensor, num_steps: int, *, keep_basis: bool =
     """
     if num_steps < 1:
         raise ValueError(f"num_steps={num_steps}, expected at least 1; 60 is a quick look, 120 the usual choice.")
-    norm = float(torch.linalg.vector_norm(start, dtype=torch.float64))
+    norm = _norm(start)
     if not norm > 0 or not np.isfinite(norm):
         raise ValueError(f"The start vector has norm {norm}; pass a finite nonzero vector, e.g. torch.randn.")
     num_steps = min(num_steps, start.numel())
-    basis = torch.empty((num_steps, start.numel()), dtype=start.dtype, device=start.device)
-    basis[0] = start / norm
+    basis = KrylovBasis(num_steps, start.numel(), start.dtype, start.device, storage)
     alpha, beta = np.zeros(num_steps), np.zeros(num_steps)
-    scale, tolerance = 0.0, BREAKDOWN.get(start.dtype, BREAKDOWN[torch.float32])
-    for k in range(num_steps):
-        product = matvec(basis[k])
-        alpha[k] = float(torch.dot(basis[k], product))
-        if not np.isfinite(alpha[k]):
-            raise ValueError(f"Product {k + 1} of the operator is not finite; the loss or the weights are NaN or inf.")
-        rest = torch.sub(product, basis[k], alpha=float(alpha[k]))
-        if k > 0:
-            rest.sub_(basis[k - 1], alpha=float(beta[k - 1]))
-        alpha[k] += _orthogonalise(rest, basis[: k + 1])
-        beta[k] = float(torch.linalg.vector_norm(rest, dtype=torch.float64))
-        scale = max(scale, abs(alpha[k]), beta[k])
-        exhausted = beta[k] <= tolerance * scale
-        if exhausted or k == num_steps - 1:
-            done = k + 1
-            return LanczosResult(
-                alpha[:done],
-                beta[:done],
-                breakdown=bool(exhausted or done == start.numel()),
-                basis=basis[:done] if keep_basis else None,
-                num_products=done,
+    scale, asymmetry, tolerance = 0.0, 0.0, BREAKDOWN.get(start.dtype, BREAKDOWN[torch.float32])
+    previous, vector, exhausted, done = None, start / norm, False, 0
+    while done < num_steps and not exhausted and not (done and stop is not None and stop(done)):
+        basis.append(vector)
+        product = matvec(vector) if done or first_product is None else first_product / norm
+        alpha[done] = float(torch.dot(vector, product))
+        if not np.isfinite(alpha[done]):
+            raise ValueError(
+                f"Product {done + 1} of the operator is not finite; the loss or the weights are NaN or inf."
             )
-        torch.div(rest, float(beta[k]), out=basis[k + 1])
-    raise AssertionError("unreachable: the loop returns at its last step")
+        # Not in place: the product may be the operator's own tensor.
+        rest = torch.sub(product, vector, alpha=float(alpha[done]))
+        if previous is not None:
+            rest.sub_(previous, alpha=float(beta[done - 1]))
+        coefficients = basis.sweep(rest)
+        alpha[done] += float(coefficients[-1])
+        beta[done] = _norm(rest)
+        scale = max(scale, abs(alpha[done]), beta[done])
+        if done > 1 and scale > 0:
+            asymmetry = max(asymmetry, float(coefficients[:-2].abs().max()) / scale)
+        exhausted = bool(beta[done] <= tolerance * scale)
+        done += 1
+        if not exhausted and done < num_steps:
+            previous, vector = vector, rest.div_(float(beta[done - 1]))
+    return LanczosResult(
+        alpha[:done],
+        beta[:done],
+        breakdown=exhausted or done == start.numel(),
+        basis=basis.vectors() if keep_basis else None,
+        num_products=done,
+        asymmetry=asymmetry,
+    )
 
 
-def _orthogonalise(vector: Tensor, basis: Tensor) -> float:
-    """Sweep ``vector`` against the basis in place; return its correction to alpha."""
-    correction = 0.0
-    for _ in range(2):
-        before = float(torch.linalg.vector_norm(vector))
-        coefficients = torch.mv(basis, vector)
-        vector.addmv_(basis.T, coefficients, alpha=-1)
-        correction += float(coefficients[-1])
-        if float(torch.linalg.vector_norm(vector)) > SECOND_PASS * before:
-            break
-    return correction
+def _norm(vector: Tensor) -> float:
+    """Euclidean norm, in blocks whose norms are added in float64: long float32 sums lose digits."""
+    if vector.dtype == torch.float64:
+        return float(torch.linalg.vector_norm(vector))
+    blocks = [torch.linalg.vector_norm(block) for block in vector.split(NORM_BLOCK)]
+    return float(torch.linalg.vector_norm(torch.stack(blocks).double()))

@@ -1,0 +1,199 @@
+"""The Hessian of a module on its probe data, opened: an operator, and what one product with a Gaussian vector tells."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_plasticity.curvature.closure import Evaluation
+from lightning_plasticity.curvature.errors import MeasurementError
+from lightning_plasticity.curvature.hessian import HessianOperator
+from lightning_plasticity.curvature.layers import LayerTaps
+from lightning_plasticity.curvature.measured import Measured
+from lightning_plasticity.curvature.output_loss import batch_shares
+from lightning_plasticity.curvature.range_space import RangeOperator, estimated_speedup, range_operator
+from lightning_plasticity.curvature.samples import in_parts
+from lightning_plasticity.nn.batches import join_batches
+
+MIN_SPEEDUP = 1.3  # from which the route through the Hessian's range is taken
+MAX_ASYMMETRY = 1e-2
+ROUNDING_MARGIN = 10.0  # products this many times as large as rounding have to be symmetric
+SAME_LOSS = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; batches may be joined or cut where it stays the same
+
+
+@dataclass(frozen=True)
+class HessianProblem:
+    """An operator inside the undisturbed context, and the first product with it.
+
+    Attributes:
+        operator: products in parameter space.
+        probe: (P,) a Gaussian vector.
+        product: (P,) the Hessian times it; exactly zero where the whole row is.
+        reduced: the same operator in the Hessian's own range, where that is cheaper.
+        evaluations: the loss on each batch; with their graphs where the operator keeps them.
+    """
+
+    operator: HessianOperator
+    probe: Tensor
+    product: Tensor
+    reduced: RangeOperator | None
+    evaluations: Sequence[Evaluation]
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return sum(evaluation.num_samples for evaluation in self.evaluations)
+
+    @property
+    def live(self) -> Tensor:
+        """(P,) bool: coordinates whose rows are not exactly zero (dead units, constant inputs)."""
+        return self.product != 0
+
+    def check_symmetry(self, asymmetry: float) -> None:
+        """Refuse an operator whose products are not those of a symmetric matrix.
+
+        Args:
+            asymmetry: relative to the operator; rounding for a Hessian, except where all of it is rounding.
+
+        Raises:
+            MeasurementError: when it is too large.
+        """
+        if asymmetry <= MAX_ASYMMETRY or float(self.product.norm()) <= ROUNDING_MARGIN * self._rounding():
+            return
+        raise MeasurementError(
+            f"The Hessian-vector product is not symmetric (relative asymmetry {asymmetry:.2g}): a layer's double "
+            "backward is wrong (a custom autograd.Function with once_differentiable, say) or the step changes weights. "
+            "Define curvature_loss(batch) without it."
+        )
+
+    def _rounding(self) -> float:
+        """What rounding in the loss's second derivatives makes of a product: eps |J|^2 / N, from one row of J^T.
+
+        On an over-confident network that fits its data the Hessian is nothing else.
+        """
+        total = 0.0
+        for evaluation in self.evaluations:
+            if evaluation.output_loss is None or not evaluation.loss.requires_grad:
+                return 0.0
+            outputs = evaluation.output_loss.outputs
+            rows = torch.autograd.grad(
+                outputs, self.operator.parameters, torch.randn_like(outputs), retain_graph=True, allow_unused=True
+            )
+            total += sum(float(row.square().sum()) for row in rows if row is not None)
+        return torch.finfo(self.operator.dtype).eps * total / self.num_samples
+
+
+@contextmanager
+def opened(
+    measured: Measured,
+    parameters: Sequence[nn.Parameter],
+    generator: torch.Generator,
+    *,
+    chunk: int | None = None,
+    in_range: bool = True,
+) -> Iterator[HessianProblem]:
+    """The problem, inside the undisturbed context.
+
+    Args:
+        measured: what to measure on; its batches are joined where the loss stays the same.
+        parameters: the coordinates.
+        generator: of the probe.
+        chunk: samples whose graph may be held at a time: products make graphs anew; None keeps all of them.
+        in_range: whether to look for the route through the Hessian's range.
+    """
+    if chunk is not None:
+        with _rebuilt(measured, parameters, generator, chunk) as problem:
+            yield problem
+        return
+    measured = joined(measured)
+    with measured.open() as closure:
+        look = in_range and len(measured.batches) == 1 and _only_linear(measured.module, parameters)
+        with LayerTaps(measured.module) if look else nullcontext() as taps:
+            evaluations = [closure(batch, index) for index, batch in enumerate(measured.batches)]
+        losses = [evaluation.loss for evaluation in evaluations]
+        operator = HessianOperator(losses, shares_of(evaluations), parameters)
+        probe, product = operator.probe(generator)
+        reduced = None
+        if taps is not None and estimated_speedup(taps, parameters) >= MIN_SPEEDUP:
+            reduced = range_operator(evaluations[0], taps, parameters, probe, product)
+        yield HessianProblem(operator, probe, product, reduced, evaluations)
+
+
+@contextmanager
+def _rebuilt(
+    measured: Measured, parameters: Sequence[nn.Parameter], generator: torch.Generator, chunk: int
+) -> Iterator[HessianProblem]:
+    parts = cut(measured, chunk)
+    with measured.open() as closure:
+        evaluations = [_forgotten(closure(batch, index)) for index, batch in enumerate(parts)]
+    shares = shares_of(evaluations)
+
+    def losses() -> Iterable[tuple[float, Tensor]]:
+        # A context for each: carried state and random draws are the same in every product.
+        for index, (share, batch) in enumerate(zip(shares, parts, strict=True)):
+            with measured.open() as closure:
+                yield share, closure(batch, index).loss
+
+    with measured.open():
+        operator = HessianOperator.rebuilding(losses, parameters)
+        yield HessianProblem(operator, *operator.probe(generator), None, evaluations)
+
+
+def joined(measured: Measured) -> Measured:
+    """All batches as one, where that changes nothing but the speed: the loss stays the same."""
+    if len(measured.batches) == 1 or measured.mode == "as_is":  # batch statistics and random draws are per batch
+        return measured
+    try:
+        whole = join_batches(measured.batches)
+    except (RuntimeError, TypeError):
+        return measured
+    return measured if whole is None else _if_same(measured, [whole])
+
+
+def cut(measured: Measured, size: int) -> list[Any]:
+    """The batches in parts of at most ``size`` samples, where the loss stays the same; else as they are."""
+    parts = in_parts(measured.batches, size)
+    if len(parts) == len(measured.batches) or measured.mode == "as_is":
+        return list(measured.batches)
+    return list(_if_same(measured, parts).batches)
+
+
+def _if_same(measured: Measured, batches: list[Any]) -> Measured:
+    """The other batches, if their losses add up to the same value; any failure keeps the old ones."""
+    other = replace(measured, batches=batches)
+    try:
+        before, after = _value(measured), _value(other)
+    except Exception:  # a step may take batches of one size only
+        return measured
+    dtype = next(parameter.dtype for parameter in measured.module.parameters())
+    return other if abs(before - after) <= SAME_LOSS.get(dtype, 1e-2) * abs(before) else measured
+
+
+def _value(measured: Measured) -> float:
+    with measured.open() as closure:
+        found = [_forgotten(closure(batch, index)) for index, batch in enumerate(measured.batches)]
+    return sum(share * float(each.loss) for share, each in zip(shares_of(found), found, strict=True))
+
+
+def _forgotten(evaluation: Evaluation) -> Evaluation:
+    """The same without its graph."""
+    loss = evaluation.output_loss
+    free = None if loss is None else replace(loss, outputs=loss.outputs.detach())
+    return replace(evaluation, loss=evaluation.loss.detach(), output_loss=free)
+
+
+def shares_of(evaluations: Sequence[Evaluation]) -> list[float]:
+    """What each batch's loss is multiplied by, so that they add up to the loss on all samples."""
+    return batch_shares(
+        [evaluation.output_loss for evaluation in evaluations], [evaluation.num_samples for evaluation in evaluations]
+    )
+
+
+def _only_linear(module: nn.Module, parameters: Sequence[nn.Parameter]) -> bool:
+    linear = {p for child in module.modules() if isinstance(child, nn.Linear) for p in child._parameters.values()}
+    return all(parameter in linear for parameter in parameters)
