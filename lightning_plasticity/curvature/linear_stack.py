@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +56,13 @@ class StackLayer:
     slope: Tensor | None = None
     bend: Tensor | None = None
 
+    def live_inputs(self) -> Tensor:
+        """Indices of the inputs that have a value or a derivative; the units before the others might be left out."""
+        if self.slope is None:
+            return torch.arange(self.inputs.shape[1], device=self.inputs.device)
+        live = (self.inputs != 0).any(0) | (self.slope != 0).any(0)
+        return (live if self.bend is None else live | (self.bend != 0).any(0)).nonzero()[:, 0]
+
 
 def linear_stack(taps: LayerTaps, parameters: Sequence[nn.Parameter]) -> list[StackLayer] | None:
     """The layers from the first chosen one on, or None when the calls on record do not look like a stack.
@@ -77,14 +85,15 @@ def linear_stack(taps: LayerTaps, parameters: Sequence[nn.Parameter]) -> list[St
             derivatives = _activation_derivatives(layers[-1].outputs.detach(), call.input)
         if derivatives is None:
             return None
-        weight = call.module.weight.detach()
-        layers.append(StackLayer(weight, call.input, call.output, own or (), *derivatives))
+        module: Any = call.module
+        layers.append(StackLayer(module.weight.detach(), call.input, call.output, own or (), *derivatives))
     return layers if _uniform(layers) else None
 
 
 def shapes(taps: LayerTaps, parameters: Sequence[nn.Parameter]) -> list[tuple[int, int, int]]:
     """(N, d_in with the bias, d_out) of the linear calls from the first chosen one on; values are not looked at."""
-    chosen, found = set(parameters), []
+    chosen: set[Tensor] = set(parameters)
+    found: list[tuple[int, int, int]] = []
     for call in _chain(taps):
         if found or call.module.weight in chosen:
             found.append((len(call.input), call.input.shape[1] + (call.module.bias is not None), call.output.shape[1]))
@@ -101,8 +110,8 @@ def _chain(taps: LayerTaps) -> list[LayerCall]:
 
 def _chosen_of(module: nn.Module, chosen: set[nn.Parameter]) -> tuple[nn.Parameter, ...] | None:
     """All parameters of a linear layer or none of them; None where some are chosen, which is not handled."""
-    own = [module.weight] if module.bias is None else [module.weight, module.bias]
-    wanted = tuple(parameter for parameter in own if parameter in chosen)
+    own = [module._parameters[name] for name in ("weight", "bias") if module._parameters.get(name) is not None]
+    wanted = tuple(parameter for parameter in own if parameter is not None and parameter in chosen)
     return wanted if len(wanted) in (0, len(own)) else None
 
 
