@@ -112,7 +112,6 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         self.mode = mode
         self.seed = whole_number("seed", seed, least=0)
         self._spectra: dict[str, dict[int, Spectrum]] = {quantity: {} for quantity in self.quantities}
-        self._symmetry_checked = False
 
     @property
     def state_key(self) -> str:
@@ -176,9 +175,7 @@ class HessianSpectrumMonitor(BoundaryMonitor):
     def _spectrum(self, measured: Measured, quantity: str) -> Spectrum:
         if quantity != "hessian":
             return measure_gram(measured, quantity, max_rows=self.max_rows)  # type: ignore[arg-type]
-        spectrum = measure_hessian(measured, num_steps=self.num_steps, check_symmetry=not self._symmetry_checked)
-        self._symmetry_checked = True
-        return spectrum
+        return measure_hessian(measured, num_steps=self.num_steps)
 
     def _numbers(self, spectrum: Spectrum) -> dict[str, Estimate]:
         numbers = {f"eps_rank_{decimal(eps)}": spectrum.epsilon_rank(eps) for eps in self.eps}

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from lightning_plasticity.curvature.budget import Budget
 from lightning_plasticity.curvature.closure import LossFunction
 from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.gram_measure import measure_gram
@@ -29,6 +30,8 @@ def hessian_spectrum(
     params: str | Sequence[str] | None = None,
     method: Method = "auto",
     num_steps: int = LANCZOS_STEPS,
+    max_seconds: float | None = None,
+    max_memory: float | None = None,
     mode: Mode = "frozen",
     seed: int = 0,
 ) -> Spectrum:
@@ -45,6 +48,9 @@ def hessian_spectrum(
         method: ``"exact"`` forms the whole matrix, ``"lanczos"`` estimates, ``"auto"`` is exact up to 1000 coordinates
             with a nonzero row.
         num_steps: Lanczos steps: 60 is a quick look, 120 the usual choice, 300 careful.
+        max_seconds: wall time that a Lanczos run may take; fewer samples and steps are chosen for it, from a short
+            calibration, and ``settings["budget"]`` says which. None for any.
+        max_memory: bytes that it may take beyond what the process holds; None for half of what is free.
         mode: ``"frozen"`` (BatchNorm and dropout off, by type), ``"as_is"`` or ``"eval"``.
         seed: of the probe and of the random state during the measurement.
 
@@ -64,7 +70,8 @@ def hessian_spectrum(
         tensor([2., 2.], dtype=torch.float64)
     """
     measured = Measured(model, as_batches(data, model), loss_fn, params, mode, seed)
-    return measure_hessian(measured, method=method, num_steps=num_steps)
+    budget = Budget(max_seconds, max_memory)
+    return measure_hessian(measured, method=method, num_steps=num_steps, budget=budget)
 
 
 def ggn_spectrum(

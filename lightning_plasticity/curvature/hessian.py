@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ class HessianOperator:
     def __init__(self, losses: Sequence[Tensor], weights: Sequence[float], parameters: Sequence[nn.Parameter]) -> None:
         self._prepare(parameters)
         kept = [(weight, self._gradient(loss)) for weight, loss in zip(weights, losses, strict=True)]
-        self._graphs: Callable[[], Iterable[Graph]] = lambda: kept
+        self._graphs: Callable[[], Generator[Graph]] = lambda: (graph for graph in kept)
         self._keeps = True
 
     @classmethod
@@ -49,7 +50,12 @@ class HessianOperator:
         """
         operator = cls.__new__(cls)
         operator._prepare(parameters)
-        operator._graphs = lambda: ((weight, operator._gradient(loss)) for weight, loss in losses())
+
+        def graphs() -> Generator[Graph]:
+            for weight, loss in losses():
+                yield weight, operator._gradient(loss)
+
+        operator._graphs = graphs
         operator._keeps = False
         return operator
 
@@ -86,26 +92,30 @@ class HessianOperator:
         vector = vector.contiguous()
         total = torch.zeros(vector.shape, dtype=self.dtype, device=self.device)
         directions, slots = self._split(vector), self._split(total)
-        for weight, gradients in self._graphs():
-            pairs = [
-                (g, d.to(g.dtype))
-                for g, d in zip(gradients, directions, strict=True)
-                if g is not None and g.requires_grad
-            ]
-            if not pairs:  # a loss linear in all parameters
-                continue
-            found = torch.autograd.grad(
-                [g for g, _ in pairs],
-                self.parameters,
-                [d for _, d in pairs],
-                retain_graph=self._keeps,
-                allow_unused=True,
-                is_grads_batched=batched,
-            )
-            for slot, part in zip(slots, found, strict=True):
-                if part is not None:
-                    slot.add_(part, alpha=weight)
+        with closing(self._graphs()) as graphs:  # an error must not leave the context of a loss open
+            for weight, gradients in graphs:
+                for slot, part in zip(slots, self._pulled(gradients, directions, batched), strict=True):
+                    if part is not None:
+                        slot.add_(part, alpha=weight)
         return total
+
+    def _pulled(
+        self, gradients: Sequence[Tensor | None], directions: Sequence[Tensor], batched: bool
+    ) -> Sequence[Tensor | None]:
+        """Derivatives of <gradient, direction> of one loss with respect to the parameters."""
+        pairs = [
+            (g, d.to(g.dtype)) for g, d in zip(gradients, directions, strict=True) if g is not None and g.requires_grad
+        ]
+        if not pairs:  # a loss linear in all parameters
+            return [None] * len(self.parameters)
+        return torch.autograd.grad(
+            [g for g, _ in pairs],
+            self.parameters,
+            [d for _, d in pairs],
+            retain_graph=self._keeps,
+            allow_unused=True,
+            is_grads_batched=batched,
+        )
 
     def live_coordinates(self, generator: torch.Generator) -> Tensor:
         """(P,) bool: coordinates whose rows are not exactly zero (dead units, constant inputs), from one product."""

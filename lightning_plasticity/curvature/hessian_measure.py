@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
-from lightning_plasticity.curvature.closure import Evaluation, LossClosure
-from lightning_plasticity.curvature.errors import MeasurementError
-from lightning_plasticity.curvature.hessian import MAX_ASYMMETRY, HessianOperator
+from lightning_plasticity.curvature.budget import Budget
+from lightning_plasticity.curvature.hessian_plan import LEAST_STEPS, HessianPlan, plan_hessian
+from lightning_plasticity.curvature.hessian_problem import HessianProblem, opened
 from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite
-from lightning_plasticity.curvature.output_loss import batch_shares
 from lightning_plasticity.curvature.spectrum import Spectrum
-from lightning_plasticity.linalg import stochastic_lanczos_quadrature
+from lightning_plasticity.linalg import LanczosQuadrature, lanczos
 
 Method = Literal["auto", "exact", "lanczos"]
 METHODS = ("auto", "exact", "lanczos")
 EXACT_LIMIT = 1000  # live coordinates up to which "auto" forms the whole Hessian
 LANCZOS_STEPS = 120
-MAX_BASIS_BYTES = 2**31  # what the Lanczos basis of a measurement may take; with more parameters there are fewer steps
-ROUNDING_MARGIN = 10.0  # products this many times as large as rounding have to be symmetric
 
 
 def measure_hessian(
@@ -30,95 +27,85 @@ def measure_hessian(
     method: Method = "auto",
     num_steps: int = LANCZOS_STEPS,
     exact_limit: int = EXACT_LIMIT,
-    check_symmetry: bool = True,
+    budget: Budget | None = None,
 ) -> Spectrum:
     """The Hessian's spectrum; arguments as in ``hessian_spectrum``."""
     check_method(method)
+    budget = Budget() if budget is None else budget
     started = time.perf_counter()
     parameters = measured.parameters()
+    plan = HessianPlan(0, num_steps)
+    if method != "exact":
+        plan = plan_hessian(measured, parameters, num_steps, budget)
+        measured = measured.first(plan.num_samples)
     generator = torch.Generator().manual_seed(measured.seed)
-    with measured.open() as closure:
-        evaluations = _evaluate_all(measured, closure)
-        total = sum(evaluation.num_samples for evaluation in evaluations)
-        shares = batch_shares(
-            [evaluation.output_loss for evaluation in evaluations],
-            [evaluation.num_samples for evaluation in evaluations],
-        )
-        operator = HessianOperator([evaluation.loss for evaluation in evaluations], shares, parameters)
-        if check_symmetry:
-            _check_symmetry(operator, evaluations, generator)
-        live = operator.live_coordinates(generator)
-        num_live = int(live.sum())
-        about: dict[str, Any] = {"matrix": "hessian", "num_samples": total}
-        steps = _affordable_steps(num_steps, operator)
-        exact = method == "exact" or (method == "auto" and num_live <= exact_limit) or num_live == 0
+    with opened(measured, parameters, generator, chunk=plan.chunk, in_range=method != "exact") as problem:
+        operator, live = problem.operator, problem.num_live
+        exact = method == "exact" or (method == "auto" and live <= exact_limit) or not live
+        quadrature: LanczosQuadrature | None = None
+        settings: dict[str, Any] = {}
         if exact:
-            quadrature = None
-            values = torch.linalg.eigvalsh(finite(operator.dense(live)))
+            values = _all_eigenvalues(problem)
         else:
-            quadrature = stochastic_lanczos_quadrature(
-                operator.matvec,
-                operator.num_params,
-                steps,
-                generator=generator,
-                mask=live,
-                dtype=operator.dtype,
-                device=operator.device,
-            )
+            quadrature, settings = _quadrature(problem, plan, started + budget.seconds)
             values = torch.tensor(quadrature.nodes)
+        num_products = operator.num_products + (problem.reduced.num_products if problem.reduced else 0)
+        num_samples, note = problem.num_samples, problem.evaluations[0].loss_note
     top = float(values.abs().max()) if len(values) else 0.0
-    about |= {
+    about: dict[str, Any] = {
+        "matrix": "hessian",
         "method": "exact" if exact else "lanczos",
-        "num_products": operator.num_products,
+        "num_samples": num_samples,
+        "num_products": num_products,
         "seconds": time.perf_counter() - started,
         "resolution": RESOLUTION.get(operator.dtype, 1e-2) * top,
-        "settings": {"dtype": dtype_name(operator.dtype), "mode": measured.mode, "live_coordinates": num_live},
+        "settings": {"dtype": dtype_name(operator.dtype), "mode": measured.mode, "live_coordinates": live} | settings,
     }
-    if note := evaluations[0].loss_note:
+    if note:
         about["settings"]["note"] = note
     if quadrature is None:
         return Spectrum.from_eigenvalues(values, operator.num_params, **about)
-    about["settings"]["num_steps"] = len(values)
-    if steps < num_steps:
-        about["settings"]["num_steps_wanted"] = num_steps  # the basis had no room for them
     return Spectrum.from_quadrature(quadrature, operator.num_params, **about)
 
 
-def _affordable_steps(num_steps: int, operator: HessianOperator) -> int:
-    """As many of the steps as the basis has room for, and at least two; the record says how many."""
-    room = MAX_BASIS_BYTES // (operator.num_params * operator.dtype.itemsize)
-    return min(num_steps, max(room, 2))
+def _all_eigenvalues(problem: HessianProblem) -> Tensor:
+    """(d,) of the dense Hessian on the live coordinates."""
+    rows = finite(problem.operator.dense(problem.live))
+    problem.check_symmetry(float((rows - rows.T).norm()) / max(float(rows.norm()), 1e-300))
+    values: Tensor = torch.linalg.eigvalsh(0.5 * (rows + rows.T))
+    return values
 
 
-def _evaluate_all(measured: Measured, closure: LossClosure) -> list[Evaluation]:
-    return [closure(batch, index) for index, batch in enumerate(measured.batches)]
+def _quadrature(
+    problem: HessianProblem, plan: HessianPlan, deadline: float
+) -> tuple[LanczosQuadrature, dict[str, Any]]:
+    """One Lanczos run from the probe, and what a record says of it.
 
-
-def _check_symmetry(operator: HessianOperator, evaluations: Sequence[Evaluation], generator: torch.Generator) -> None:
-    asymmetry, size = operator.asymmetry(generator)
-    if asymmetry > MAX_ASYMMETRY and size > ROUNDING_MARGIN * _rounding(operator, evaluations):
-        raise MeasurementError(
-            f"The Hessian-vector product is not symmetric (relative asymmetry {asymmetry:.2g}): a layer's double "
-            "backward is wrong (a custom autograd.Function with once_differentiable, say) or the step changes weights. "
-            "Define curvature_loss(batch) without it."
-        )
-
-
-def _rounding(operator: HessianOperator, evaluations: Sequence[Evaluation]) -> float:
-    """What rounding in the loss's second derivatives makes of a product: eps |J|^2 / N, from one random row of J^T.
-
-    On an over-confident network that fits its data the Hessian is nothing else.
+    In parameter space the probe's product is there already, and coordinates with zero rows are left out of the vectors.
     """
-    total = 0.0
-    for evaluation in evaluations:
-        if evaluation.output_loss is None:
-            return 0.0
-        outputs = evaluation.output_loss.outputs
-        rows = torch.autograd.grad(
-            outputs, operator.parameters, torch.randn_like(outputs), retain_graph=True, allow_unused=True
-        )
-        total += sum(float(row.square().sum()) for row in rows if row is not None)
-    return torch.finfo(operator.dtype).eps * total / sum(evaluation.num_samples for evaluation in evaluations)
+    reduced = problem.reduced
+    if reduced is None:
+        matvec, start, first = problem.on_live()
+        dim = problem.num_live
+    else:
+        matvec, start, first = reduced.matvec, reduced.restrict(problem.probe), None
+        dim = reduced.dim
+    itemsize = start.dtype.itemsize if plan.storage is None else plan.storage.itemsize
+    room = max(2, int(min(plan.basis_bytes / (len(start) * itemsize), plan.num_steps)))
+    run = lanczos(
+        matvec,
+        start,
+        min(room, dim),
+        first_product=first,
+        storage=plan.storage,
+        stop=lambda done: done >= LEAST_STEPS and time.perf_counter() > deadline,
+    )
+    problem.check_symmetry(run.asymmetry)
+    settings: dict[str, Any] = {"num_steps": run.num_products}
+    settings |= plan.settings(run.num_products if run.num_products < min(plan.num_steps, dim) else plan.num_steps)
+    if reduced is not None:
+        settings["range_dimensions"] = reduced.dim
+    return LanczosQuadrature(run.alpha, run.beta, dim, run.breakdown or run.num_products >= dim), settings
 
 
 def check_method(method: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from lightning_plasticity.curvature.measured import Measured
 from lightning_plasticity.curvature.output_loss import batch_shares
 from lightning_plasticity.curvature.range_space import RangeOperator, estimated_speedup, range_operator
 from lightning_plasticity.curvature.samples import in_parts
+from lightning_plasticity.linalg.lanczos import Matvec
 from lightning_plasticity.nn.batches import join_batches
 
 MIN_SPEEDUP = 1.3  # from which the route through the Hessian's range is taken
+MOSTLY_LIVE = 0.8  # share of live coordinates above which the vectors keep the dead ones, as zeros
 MAX_ASYMMETRY = 1e-2
 ROUNDING_MARGIN = 10.0  # products this many times as large as rounding have to be symmetric
 SAME_LOSS = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; batches may be joined or cut where it stays the same
@@ -49,10 +52,30 @@ class HessianProblem:
         """N."""
         return sum(evaluation.num_samples for evaluation in self.evaluations)
 
-    @property
+    @cached_property
     def live(self) -> Tensor:
         """(P,) bool: coordinates whose rows are not exactly zero (dead units, constant inputs)."""
         return self.product != 0
+
+    @cached_property
+    def num_live(self) -> int:
+        """How many coordinates are live."""
+        return int(torch.count_nonzero(self.product))
+
+    def on_live(self) -> tuple[Matvec, Tensor, Tensor | None]:
+        """The operator on the live coordinates, the probe there, and the product with it.
+
+        The dead ones are left out of the vectors where that saves more than it costs to move the others.
+        """
+        if self.num_live > MOSTLY_LIVE * len(self.product):
+            return self.operator.matvec, self.probe * self.live, self.product
+        places = self.live.nonzero()[:, 0]
+        whole = torch.zeros_like(self.probe)
+
+        def matvec(vector: Tensor) -> Tensor:
+            return self.operator.matvec(whole.index_copy_(0, places, vector)).index_select(0, places)
+
+        return matvec, self.probe[places], self.product[places]
 
     def check_symmetry(self, asymmetry: float) -> None:
         """Refuse an operator whose products are not those of a symmetric matrix.
@@ -120,7 +143,7 @@ def opened(
         probe, product = operator.probe(generator)
         reduced = None
         if taps is not None and estimated_speedup(taps, parameters) >= MIN_SPEEDUP:
-            reduced = range_operator(evaluations[0], taps, parameters, probe, product)
+            reduced = range_operator(evaluations[0].loss, taps, parameters, probe, product)
         yield HessianProblem(operator, probe, product, reduced, evaluations)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_plasticity.curvature.closure import Evaluation, LossClosure, LossFunction
 from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.output_loss import OutputLoss
+from lightning_plasticity.curvature.samples import first_samples
 from lightning_plasticity.nn import Mode, undisturbed
 
 # Rounding of one eigenvalue relative to the largest, by the dtype of the products.
@@ -66,6 +67,14 @@ class Measured:
                 f"params={unknown} match nothing; those that exist: {', '.join(name for name, _ in named)}."
             )
         return [p for name, p in named if any(fnmatchcase(name, pattern) for pattern in patterns)]
+
+    def with_batches(self, batches: Sequence[Any]) -> Measured:
+        """The same on other data."""
+        return replace(self, batches=batches)
+
+    def first(self, limit: int) -> Measured:
+        """The same on the first samples only."""
+        return self.with_batches(first_samples(self.batches, limit))
 
     def __post_init__(self) -> None:
         """Refuse empty probe data here, once for all measurements."""

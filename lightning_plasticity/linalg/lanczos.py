@@ -135,5 +135,5 @@ def _norm(vector: Tensor) -> float:
     """Euclidean norm, in blocks whose norms are added in float64: long float32 sums lose digits."""
     if vector.dtype == torch.float64:
         return float(torch.linalg.vector_norm(vector))
-    blocks = [torch.linalg.vector_norm(block) for block in vector.split(NORM_BLOCK)]
+    blocks = [torch.linalg.vector_norm(block) for block in torch.split(vector, NORM_BLOCK)]
     return float(torch.linalg.vector_norm(torch.stack(blocks).double()))

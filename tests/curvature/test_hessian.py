@@ -26,7 +26,6 @@ from lightning_plasticity.curvature import (
     MeasurementError,
     ggn_spectrum,
     hessian_spectrum,
-    measure_hessian,
     ntk_spectrum,
 )
 
@@ -125,11 +124,12 @@ def test_wrong_double_backward_is_refused(dtype):
     hessian_spectrum(CubeNet(Cube).to(dtype), F.cross_entropy, data)
     with pytest.raises(MeasurementError, match=r"not symmetric .*once_differentiable.*Define curvature_loss"):
         hessian_spectrum(CubeNet(CubeOnce).to(dtype), F.cross_entropy, data)
-    # Also where the outputs are not known, so that rounding cannot be told; and only where it is asked for.
+    with pytest.raises(MeasurementError, match="not symmetric"):  # here in the recurrence, there in the dense matrix
+        hessian_spectrum(CubeNet(CubeOnce).to(dtype), F.cross_entropy, data, method="lanczos")
+    # Also where the outputs are not known, so that rounding cannot be told.
     net = CubeNet(CubeOnce).to(dtype)
     with pytest.raises(MeasurementError, match="not symmetric"):
         hessian_spectrum(Stepping(net), None, data)
-    assert measure_hessian(Measured(net, [data], F.cross_entropy), check_symmetry=False).num_params == 43
 
 
 class Stepping(nn.Module):
@@ -197,7 +197,7 @@ def test_exact_and_lanczos():
     assert (exact.method, exact.exact, estimate.method, estimate.exact) == ("exact", True, "lanczos", False)
     assert exact.num_params == estimate.num_params == 559
     assert exact.num_samples == estimate.num_samples == 50
-    assert 100 < estimate.num_products < 110
+    assert estimate.num_products == 100  # the product that finds dead coordinates is the first of them
     assert estimate.lambda_max().value == pytest.approx(exact.lambda_max().value, rel=1e-9)
     assert estimate.lambda_min().value == pytest.approx(exact.lambda_min().value, rel=1e-6)
     for rho in (0.3, 0.1, 0.01):
@@ -320,12 +320,3 @@ def test_nothing_has_changed_after(function, mode):
     with pytest.raises(ZeroDivisionError):
         function(net, lambda outputs, targets: 1 / 0, data)
     assert_same_state(before, state_of(net))
-
-
-@pytest.mark.parametrize(("room", "steps"), [(0, 2), (7, 7), (40, 20)])
-def test_fewer_steps_where_the_basis_has_no_room(room, steps, monkeypatch):
-    net, data = mlp(8, 20, 15, 4), classes(50, 8, 4)
-    monkeypatch.setattr("lightning_plasticity.curvature.hessian_measure.MAX_BASIS_BYTES", room * 559 * 8)
-    spectrum = hessian_spectrum(net, F.cross_entropy, data, method="lanczos", num_steps=20)
-    assert spectrum.settings["num_steps"] == len(spectrum.quadrature.nodes) == steps
-    assert spectrum.settings.get("num_steps_wanted") == (20 if steps < 20 else None)
