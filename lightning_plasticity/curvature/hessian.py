@@ -13,7 +13,8 @@ from lightning_plasticity.curvature.errors import MeasurementError
 VMAP_PRODUCTS = 32  # products that one vectorised backward pass computes
 
 
-Graph = tuple[float, Sequence[Tensor | None]]  # weight of a loss, and its gradient with a graph
+Gradient = tuple[Tensor | None, Sequence[bool]]
+Graph = tuple[float, Gradient]  # weight of a loss, and its gradient with a graph
 
 
 class HessianOperator:
@@ -61,13 +62,19 @@ class HessianOperator:
 
     def _prepare(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
-        self.num_params = sum(parameter.numel() for parameter in parameters)
+        self._sizes = [parameter.numel() for parameter in parameters]
+        self.num_params = sum(self._sizes)
         self.dtype = self.parameters[0].dtype
         self.device = self.parameters[0].device
         self.num_products = 0
 
-    def _gradient(self, loss: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+    def _gradient(self, loss: Tensor) -> Gradient:
+        """The gradient of a loss, flat, with its graph; and which parameters' parts it holds."""
+        parts = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+        curved = [part is not None and part.requires_grad for part in parts]
+        if not any(curved):  # a loss linear in all parameters
+            return None, curved
+        return torch.cat([part.reshape(-1) for part, keep in zip(parts, curved, strict=True) if keep]), curved
 
     def matvec(self, vector: Tensor) -> Tensor:
         """(P,) -> (P,)."""
@@ -82,40 +89,44 @@ class HessianOperator:
         except RuntimeError:
             return torch.stack([self._product(vector, batched=False) for vector in vectors])
 
-    def _split(self, vector: Tensor) -> list[Tensor]:
-        """Views of a flat vector (or of several), one for each parameter."""
-        parts = torch.split(vector, [parameter.numel() for parameter in self.parameters], dim=-1)
-        shapes = [(*vector.shape[:-1], *parameter.shape) for parameter in self.parameters]
-        return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
-
     def _product(self, vector: Tensor, batched: bool) -> Tensor:
-        vector = vector.contiguous()
-        total = torch.zeros(vector.shape, dtype=self.dtype, device=self.device)
-        directions, slots = self._split(vector), self._split(total)
+        total = None
         with closing(self._graphs()) as graphs:  # an error must not leave the context of a loss open
-            for weight, gradients in graphs:
-                for slot, part in zip(slots, self._pulled(gradients, directions, batched), strict=True):
-                    if part is not None:
-                        slot.add_(part, alpha=weight)
-        return total
+            for weight, (gradient, curved) in graphs:
+                if gradient is None:
+                    continue
+                found = self._pulled(gradient, self._direction(vector, curved), batched)
+                if total is None:
+                    total = found if weight == 1.0 else found.mul_(weight)
+                else:
+                    total.add_(found, alpha=weight)
+        return torch.zeros_like(vector) if total is None else total
 
-    def _pulled(
-        self, gradients: Sequence[Tensor | None], directions: Sequence[Tensor], batched: bool
-    ) -> Sequence[Tensor | None]:
-        """Derivatives of <gradient, direction> of one loss with respect to the parameters."""
-        pairs = [
-            (g, d.to(g.dtype)) for g, d in zip(gradients, directions, strict=True) if g is not None and g.requires_grad
-        ]
-        if not pairs:  # a loss linear in all parameters
-            return [None] * len(self.parameters)
-        return torch.autograd.grad(
-            [g for g, _ in pairs],
+    def _direction(self, vector: Tensor, curved: Sequence[bool]) -> Tensor:
+        """The coordinates of the parameters that have curvature, (..., P) -> (..., p)."""
+        if all(curved):
+            return vector
+        parts = torch.split(vector, self._sizes, dim=-1)
+        return torch.cat([part for part, keep in zip(parts, curved, strict=True) if keep], dim=-1)
+
+    def _pulled(self, gradient: Tensor, direction: Tensor, batched: bool) -> Tensor:
+        """(..., P) derivative of <gradient, direction> of one loss."""
+        found = torch.autograd.grad(
+            gradient,
             self.parameters,
-            [d for _, d in pairs],
+            direction.to(gradient.dtype),
             retain_graph=self._keeps,
             allow_unused=True,
             is_grads_batched=batched,
         )
+        lead = direction.shape[:-1]
+        return torch.cat(
+            [
+                direction.new_zeros(*lead, size) if part is None else part.reshape(*lead, size)
+                for part, size in zip(found, self._sizes, strict=True)
+            ],
+            dim=-1,
+        ).to(self.dtype)
 
     def live_coordinates(self, generator: torch.Generator) -> Tensor:
         """(P,) bool: coordinates whose rows are not exactly zero (dead units, constant inputs), from one product."""
