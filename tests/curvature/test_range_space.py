@@ -15,6 +15,7 @@ from lightning_plasticity.curvature.hessian import HessianOperator
 from lightning_plasticity.curvature.layers import LayerTaps
 from lightning_plasticity.curvature.linear_stack import ACTIVATIONS
 from lightning_plasticity.curvature.range_space import estimated_speedup, range_operator
+from lightning_plasticity.linalg import lanczos
 
 TINY = {torch.float64: 1e-13, torch.float32: 1e-6}  # rounding of an eigenvalue relative to the largest
 
@@ -237,6 +238,24 @@ def test_products(dtype):
     assert float(u @ product) == pytest.approx(float(v @ operator.matvec(u)), abs=atol * operator.size)
     torch.testing.assert_close(operator.matvec(2 * v - 3 * u), 2 * product - 3 * operator.matvec(u), rtol=0, atol=atol)
     assert torch.equal(operator.matvec(v), product)  # no state left behind
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_lanczos_stays_in_the_range(dtype):
+    # The constraint on B is not enforced on what a product is given, so rounding could pile up outside.
+    net, (inputs, targets) = mlp(20, 60, 50, 40, 4, activation=nn.ReLU), classes(8, 20, 4)
+    operator, _ = built(net.to(dtype), F.cross_entropy, inputs.to(dtype), targets)
+    start = operator.restrict(gaussian(operator.num_params, 3, dtype))
+    run = lanczos(operator.matvec, start, 120, keep_basis=True)
+    for vector in run.basis[::10]:
+        drift = operator.restrict(operator.expand(vector)) - vector
+        assert float(drift.norm()) < 100 * torch.finfo(dtype).eps
+    dense = dense_hessian(net.double(), F.cross_entropy, inputs, targets)
+    truth = torch.linalg.eigvalsh(dense).numpy()
+    top = np.abs(truth).max()
+    found = run.ritz()[0]
+    np.testing.assert_allclose(found[-8:], truth[-8:], atol=10 * TINY[dtype] * top)
+    np.testing.assert_allclose(found[:4], truth[:4], atol=10 * TINY[dtype] * top)
 
 
 @given(
