@@ -75,7 +75,7 @@ def linear_stack(taps: LayerTaps, parameters: Sequence[nn.Parameter]) -> list[St
     chosen = set(parameters)
     owned = [_chosen_of(call.module, chosen) for call in calls]
     covered = [parameter for own in owned if own is not None for parameter in own]
-    if None in owned or len(covered) != len(chosen) or set(covered) != chosen:
+    if not chosen or None in owned or len(covered) != len(chosen) or set(covered) != chosen:
         return None
     first = next(index for index, own in enumerate(owned) if own)
     layers: list[StackLayer] = []

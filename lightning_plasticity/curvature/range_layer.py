@@ -25,13 +25,17 @@ class RowBasis:
     def of(cls, rows: Tensor) -> RowBasis:
         """The basis of (N, d) rows, without directions that are rounding.
 
-        A direction counts when its singular value exceeds eps of the rows' dtype times the largest. Dropping the others
-        changes the rows, hence a product, by no more than rounding does; keeping too many only adds eigenvalues zero.
-        In float64, since in float32 the basis itself would be off by that much.
+        Each row is brought to length 1 first, which leaves their span as it is. A direction counts when its singular
+        value then exceeds eps of the rows' dtype times the largest: dropping the others changes each sample's row, and
+        its part of a product, by no more than rounding does, also where another sample is a million times as long.
+        Keeping too many only adds eigenvalues zero. In float64, since in float32 the basis would be off by that much.
         """
-        left, values, right = torch.linalg.svd(rows.double(), full_matrices=False)
+        wide = rows.double()
+        lengths = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
+        left, values, right = torch.linalg.svd(wide / lengths.where(lengths > 0, 1.0), full_matrices=False)
         rank = int((values > torch.finfo(rows.dtype).eps * values[:1]).sum())
-        return cls((left[:, :rank] * values[:rank]).to(rows.dtype), right[:rank].to(rows.dtype).contiguous())
+        left = lengths * left[:, :rank] * values[:rank]
+        return cls(left.to(rows.dtype), right[:rank].to(rows.dtype).contiguous())
 
     @property
     def rank(self) -> int:
