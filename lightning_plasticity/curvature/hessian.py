@@ -60,6 +60,10 @@ class HessianOperator:
         operator._keeps = False
         return operator
 
+    def forget(self) -> None:
+        """Free the graphs; no product can be made any more."""
+        self._graphs = _no_graphs
+
     def _prepare(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
         self._sizes = [parameter.numel() for parameter in parameters]
@@ -156,3 +160,7 @@ class HessianOperator:
             units[torch.arange(len(chunk)), chunk] = 1.0
             rows[start : start + len(chunk)] = self.matmat(units)[:, indices].double()
         return rows
+
+
+def _no_graphs() -> Generator[Graph]:
+    raise RuntimeError("The graphs of this Hessian have been freed.")

@@ -19,6 +19,7 @@ Method = Literal["auto", "exact", "lanczos"]
 METHODS = ("auto", "exact", "lanczos")
 EXACT_LIMIT = 1000  # live coordinates up to which "auto" forms the whole Hessian
 LANCZOS_STEPS = 120
+COPIES = 2e-5  # relative distance of copies of an eigenvalue in a run without reorthogonalisation, in float32
 
 
 def measure_hessian(
@@ -90,14 +91,17 @@ def _quadrature(
     else:
         matvec, start, first = reduced.matvec, reduced.restrict(problem.probe), None
         dim = reduced.dim
-    itemsize = start.dtype.itemsize if plan.storage is None else plan.storage.itemsize
+    storage = torch.float16 if plan.basis == "float16" and start.dtype.itemsize > 2 else None
+    itemsize = start.dtype.itemsize if storage is None else storage.itemsize
     room = max(2, int(min(plan.basis_bytes / (len(start) * itemsize), plan.num_steps)))
+    problem.forget_vectors()
     run = lanczos(
         matvec,
         start,
         min(room, dim),
         first_product=first,
-        storage=plan.storage,
+        storage=storage,
+        reorthogonalise=plan.basis != "none",
         stop=lambda done: done >= LEAST_STEPS and time.perf_counter() > deadline,
     )
     problem.check_symmetry(run.asymmetry)
@@ -105,7 +109,9 @@ def _quadrature(
     settings |= plan.settings(run.num_products if run.num_products < min(plan.num_steps, dim) else plan.num_steps)
     if reduced is not None:
         settings["range_dimensions"] = reduced.dim
-    return LanczosQuadrature(run.alpha, run.beta, dim, run.breakdown or run.num_products >= dim), settings
+    complete = run.breakdown or run.num_products >= dim
+    merge = COPIES if plan.basis == "none" else 0.0
+    return LanczosQuadrature(run.alpha, run.beta, dim, complete, merge), settings
 
 
 def check_method(method: str) -> None:

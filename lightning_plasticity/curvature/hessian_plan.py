@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,17 @@ SECOND_ORDER = 2.2  # bytes of a differentiable gradient's graph over those of t
 TRIALS = (16, 64)  # samples that the calibration measures on
 FEW_SAMPLES, FEW_STEPS = 128, 60  # what is given up last, and then in turns
 LEAST_SAMPLES, LEAST_STEPS = 16, 20
-VECTORS = 9  # of P coordinates that are held beside basis and graphs: a snapshot, gradients, products, the recurrence
+# Vectors of P coordinates that are held at most: a snapshot, the gradient and, while it is made, its parts, the probe
+# and its product; then those of the recurrence, or in the Hessian's range the snapshot alone.
+BUILD_VECTORS, RUN_VECTORS, RANGE_VECTORS = 6, 9, 2
 REBUILT = 1.7  # times that a product takes when graphs are made anew for it
 RANGE_SHARE = 0.5  # of the coordinates; with longer vectors the route through the range does not pay
 SMALL_BASIS = 2**24  # bytes; with SMALL_WORK, what no trial is made for
 SMALL_WORK = 1e10  # coordinates times samples times steps
+
+
+Basis = Literal["full", "float16", "none"]
+BASES: tuple[Basis, ...] = ("full", "float16", "none")  # none: copies of eigenvalues come back, and are merged
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,7 @@ class HessianPlan:
     Attributes:
         num_samples: N, the first samples of the probe data.
         num_steps: Lanczos steps.
-        storage: dtype of the basis; None for that of the network.
+        basis: the vectors kept for reorthogonalisation: in the network's own precision, in float16, or none of them.
         chunk: samples whose graph is held at a time, made anew for every product; None keeps all graphs.
         basis_bytes: what the basis may take.
         why: what the budget changed; empty where nothing.
@@ -45,7 +51,7 @@ class HessianPlan:
 
     num_samples: int
     num_steps: int
-    storage: torch.dtype | None = None
+    basis: Basis = "full"
     chunk: int | None = None
     basis_bytes: float = math.inf
     why: str = ""
@@ -55,8 +61,8 @@ class HessianPlan:
         found: dict[str, Any] = {"budget": self.why} if self.why else {}
         if num_steps < self.num_steps:
             found["num_steps_wanted"] = self.num_steps
-        if self.storage is not None:
-            found["basis"] = str(self.storage).removeprefix("torch.")
+        if self.basis != "full":
+            found["basis"] = self.basis
         if self.chunk is not None:
             found["graph_samples"] = self.chunk
         return found
@@ -94,11 +100,25 @@ class Costs:
 
     def vector(self, samples: int) -> int:
         """Coordinates of a vector of the recurrence."""
-        last = self.trials[-1]
-        if last.range_size is None:
+        last = self.trials[-1] if self.trials else None
+        if last is None or last.range_size is None:
             return self.num_params
         size = math.ceil(last.range_size / last.samples * samples)
         return size if size <= RANGE_SHARE * self.num_params else self.num_params
+
+    def basis(self, samples: int, steps: int, basis: Basis) -> int:
+        """Bytes of the basis."""
+        itemsize = {"full": self.itemsize, "float16": min(2, self.itemsize), "none": 0}[basis]
+        return steps * self.vector(samples) * itemsize
+
+    def memory(self, samples: int, basis_bytes: int, graph: float) -> float:
+        """Bytes at the peak: while the graphs are made, or during the run."""
+        vector, reduced = self.vector(samples), self.vector(samples) < self.num_params
+        run = RANGE_VECTORS * self.num_params + 6 * vector if reduced else RUN_VECTORS * self.num_params
+        return max(
+            BUILD_VECTORS * self.num_params * self.itemsize + graph,
+            run * self.itemsize + basis_bytes + (0.0 if reduced else graph),
+        )
 
     def graph(self, samples: int) -> float:
         """Bytes of the graphs of so many samples."""
@@ -135,18 +155,20 @@ def plan_hessian(measured: Measured, parameters: Sequence[nn.Parameter], num_ste
     memory = budget.memory(device)
     if size * num_steps * itemsize <= SMALL_BASIS <= memory / 4 and size * num_steps * total <= SMALL_WORK:
         return HessianPlan(total, num_steps)
-    room = memory - VECTORS * size * itemsize
-    if budget.max_seconds is None and _graph_bytes(measured, total) + size * num_steps * itemsize <= room:
-        return HessianPlan(total, num_steps)
+    basis_bytes = size * num_steps * itemsize
+    if budget.max_seconds is None:
+        rough = Costs((), size, itemsize, 0.0)
+        if rough.memory(total, basis_bytes, _graph_bytes(measured, total)) <= memory:
+            return HessianPlan(total, num_steps)
     costs = Costs(_trials(measured, parameters, total), size, itemsize, _sweep_seconds(parameters[0]))
     fitting = None
     for samples, steps in _ladder(total, num_steps):
-        for storage in (None, torch.float16):
-            fitting = _within(costs, samples, steps, storage, room) or fitting
+        for basis in BASES:
+            fitting = _within(costs, samples, steps, basis, memory) or fitting
             if fitting is not None and costs.seconds(samples, steps, fitting.chunk) <= budget.seconds:
                 return _explained(fitting, total, num_steps, budget, memory)
     if fitting is None:
-        needed = memory - room + LEAST_STEPS * costs.vector(LEAST_SAMPLES) * 2 + costs.graph(1)
+        needed = costs.memory(1, 0, costs.graph(1))
         raise MeasurementError(
             f"The Hessian of {size} parameters takes {_mib(needed)} at least, and {_mib(memory)} are allowed. Raise "
             "max_memory, choose params=..., or measure the GGN only: quantities=('ggn',)."
@@ -154,14 +176,14 @@ def plan_hessian(measured: Measured, parameters: Sequence[nn.Parameter], num_ste
     return _explained(fitting, total, num_steps, budget, memory)
 
 
-def _within(costs: Costs, samples: int, steps: int, storage: torch.dtype | None, room: float) -> HessianPlan | None:
-    """The plan, if basis and graphs fit."""
-    basis = steps * costs.vector(samples) * (costs.itemsize if storage is None else min(2, costs.itemsize))
-    left = room - basis
-    if costs.graph(samples) <= left:
-        return HessianPlan(samples, steps, storage, None, basis)
-    chunk = int(left / max(costs.graph(1), 1.0))
-    return HessianPlan(samples, steps, storage, chunk, basis) if chunk >= 1 and left > 0 else None
+def _within(costs: Costs, samples: int, steps: int, basis: Basis, memory: float) -> HessianPlan | None:
+    """The plan, if basis and graphs fit; with graphs of a few samples at a time where those of all do not."""
+    bound = costs.basis(samples, steps, basis)
+    if costs.memory(samples, bound, costs.graph(samples)) <= memory:
+        return HessianPlan(samples, steps, basis, None, bound or math.inf)
+    chunk = int((memory - costs.memory(samples, bound, 0.0)) / max(costs.graph(1), 1.0))
+    fits = 1 <= chunk < samples and costs.vector(samples) == costs.num_params  # in the range the graph must be whole
+    return HessianPlan(samples, steps, basis, chunk, bound or math.inf) if fits else None
 
 
 def _ladder(samples: int, steps: int) -> Iterator[tuple[int, int]]:
@@ -239,8 +261,8 @@ def _explained(plan: HessianPlan, total: int, num_steps: int, budget: Budget, me
         changes.append(f"{plan.num_samples} of {total} samples")
     if plan.num_steps < num_steps:
         changes.append(f"{plan.num_steps} of {num_steps} Lanczos steps")
-    if plan.storage is not None:
-        changes.append("a basis in 16 bits")
+    if plan.basis != "full":
+        changes.append({"float16": "a basis in 16 bits", "none": "no basis"}[plan.basis])
     if plan.chunk is not None:
         changes.append(f"graphs of {plan.chunk} samples at a time")
     if not changes:

@@ -29,7 +29,7 @@ ROUNDING_MARGIN = 10.0  # products this many times as large as rounding have to 
 SAME_LOSS = {torch.float64: 1e-9, torch.float32: 1e-4}  # relative; batches may be joined or cut where it stays the same
 
 
-@dataclass(frozen=True)
+@dataclass
 class HessianProblem:
     """An operator inside the undisturbed context, and the first product with it.
 
@@ -58,6 +58,11 @@ class HessianProblem:
         return self.product != 0
 
     @cached_property
+    def size(self) -> float:
+        """Norm of the first product, which is about the Frobenius norm of the Hessian."""
+        return float(self.product.norm())
+
+    @cached_property
     def num_live(self) -> int:
         """How many coordinates are live."""
         return int(torch.count_nonzero(self.product))
@@ -77,6 +82,15 @@ class HessianProblem:
 
         return matvec, self.probe[places], self.product[places]
 
+    def forget_vectors(self) -> None:
+        """Free the probe and its product, and in the Hessian's range the graphs too, before the run needs the room."""
+        _ = self.num_live, self.size
+        self.probe = self.product = torch.empty(0)
+        self.__dict__.pop("live", None)
+        if self.reduced is not None:
+            self.evaluations = [forgotten(evaluation) for evaluation in self.evaluations]
+            self.operator.forget()
+
     def check_symmetry(self, asymmetry: float) -> None:
         """Refuse an operator whose products are not those of a symmetric matrix.
 
@@ -86,7 +100,7 @@ class HessianProblem:
         Raises:
             MeasurementError: when it is too large.
         """
-        if asymmetry <= MAX_ASYMMETRY or float(self.product.norm()) <= ROUNDING_MARGIN * self._rounding():
+        if asymmetry <= MAX_ASYMMETRY or self.size <= ROUNDING_MARGIN * self._rounding():
             return
         raise MeasurementError(
             f"The Hessian-vector product is not symmetric (relative asymmetry {asymmetry:.2g}): a layer's double "
@@ -153,7 +167,7 @@ def _rebuilt(
 ) -> Iterator[HessianProblem]:
     parts = cut(measured, chunk)
     with measured.open() as closure:
-        evaluations = [_forgotten(closure(batch, index)) for index, batch in enumerate(parts)]
+        evaluations = [forgotten(closure(batch, index)) for index, batch in enumerate(parts)]
     shares = shares_of(evaluations)
 
     def losses() -> Iterable[tuple[float, Tensor]]:
@@ -199,12 +213,12 @@ def _if_same(measured: Measured, batches: list[Any]) -> Measured:
 
 def _value(measured: Measured) -> float:
     with measured.open() as closure:
-        found = [_forgotten(closure(batch, index)) for index, batch in enumerate(measured.batches)]
+        found = [forgotten(closure(batch, index)) for index, batch in enumerate(measured.batches)]
     return sum(share * float(each.loss) for share, each in zip(shares_of(found), found, strict=True))
 
 
-def _forgotten(evaluation: Evaluation) -> Evaluation:
-    """The same without its graph."""
+def forgotten(evaluation: Evaluation) -> Evaluation:
+    """The same evaluation without its graph."""
     loss = evaluation.output_loss
     free = None if loss is None else replace(loss, outputs=loss.outputs.detach())
     return replace(evaluation, loss=evaluation.loss.detach(), output_loss=free)

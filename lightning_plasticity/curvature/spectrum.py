@@ -223,7 +223,7 @@ class Spectrum:
         about = {name: getattr(self, name) for name in _ABOUT} | {"settings": dict(self.settings)}
         if self.quadrature is not None:
             arrays |= {"alpha": self.quadrature.alpha, "beta": self.quadrature.beta}
-            about["quadrature"] = {"dim": self.quadrature.dim, "breakdown": self.quadrature.breakdown}
+            about["quadrature"] = {name: getattr(self.quadrature, name) for name in ("dim", "breakdown", "merge")}
         np.savez(_with_ending(path), about=np.array(json.dumps(about)), **arrays)  # type: ignore[arg-type]
 
     @classmethod

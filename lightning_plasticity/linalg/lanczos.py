@@ -20,6 +20,7 @@ Matvec = Callable[[Tensor], Tensor]
 
 # Relative size of beta at which the Krylov space counts as exhausted: the rounding of one product.
 BREAKDOWN = {torch.float64: 1e-13, torch.float32: 2e-6}
+STILL_ORTHOGONAL = 6  # steps before which no basis is needed to tell a wrong product from lost orthogonality
 NORM_BLOCK = 65_536  # coordinates whose squares are added in the vector's own precision
 
 
@@ -59,6 +60,7 @@ def lanczos(
     keep_basis: bool = False,
     first_product: Tensor | None = None,
     storage: torch.dtype | None = None,
+    reorthogonalise: bool = True,
     stop: Callable[[int], bool] | None = None,
 ) -> LanczosResult:
     """Run Lanczos from ``start`` for at most ``num_steps`` steps.
@@ -76,6 +78,8 @@ def lanczos(
         keep_basis: whether the result holds the (K, P) basis.
         first_product: (P,) the product with ``start``, where it is known already; one application less.
         storage: dtype in which the basis is kept; ``torch.float16`` halves its memory, None is the dtype of ``start``.
+        reorthogonalise: False keeps no basis, only three vectors. Eigenvalues that have converged then come back as
+            copies (Paige 1971), which ``LanczosQuadrature(merge=...)`` takes together.
         stop: asked before step k = 1, 2, ... with the number of steps done; True ends the run there.
 
     Raises:
@@ -95,12 +99,13 @@ def lanczos(
     if not norm > 0 or not np.isfinite(norm):
         raise ValueError(f"The start vector has norm {norm}; pass a finite nonzero vector, e.g. torch.randn.")
     num_steps = min(num_steps, start.numel())
-    basis = KrylovBasis(num_steps, start.numel(), start.dtype, start.device, storage)
+    if keep_basis and not reorthogonalise:
+        raise ValueError("keep_basis=True needs reorthogonalise=True: without it there is no basis to keep.")
+    basis = KrylovBasis(num_steps if reorthogonalise else 0, start.numel(), start.dtype, start.device, storage)
     alpha, beta = np.zeros(num_steps), np.zeros(num_steps)
     scale, asymmetry, tolerance = 0.0, 0.0, BREAKDOWN.get(start.dtype, BREAKDOWN[torch.float32])
     previous, vector, exhausted, done = None, start / norm, False, 0
     while done < num_steps and not exhausted and not (done and stop is not None and stop(done)):
-        basis.append(vector)
         product = matvec(vector) if done or first_product is None else first_product / norm
         alpha[done] = float(torch.dot(vector, product))
         if not np.isfinite(alpha[done]):
@@ -111,12 +116,17 @@ def lanczos(
         rest = torch.sub(product, vector, alpha=float(alpha[done]))
         if previous is not None:
             rest.sub_(previous, alpha=float(beta[done - 1]))
-        coefficients = basis.sweep(rest)
-        alpha[done] += float(coefficients[-1])
+        distant = 0.0
+        if reorthogonalise:
+            basis.append(vector)
+            coefficients = basis.sweep(rest)
+            alpha[done] += float(coefficients[-1])
+            distant = float(coefficients[:-2].abs().max()) if done > 1 else 0.0
+        elif 1 < done < STILL_ORTHOGONAL:
+            distant = abs(float(torch.dot(start, rest))) / norm
         beta[done] = _norm(rest)
         scale = max(scale, abs(alpha[done]), beta[done])
-        if done > 1 and scale > 0:
-            asymmetry = max(asymmetry, float(coefficients[:-2].abs().max()) / scale)
+        asymmetry = max(asymmetry, distant / scale if scale else 0.0)
         exhausted = bool(beta[done] <= tolerance * scale)
         done += 1
         if not exhausted and done < num_steps:
