@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -24,6 +26,9 @@ Quantity = Literal["ggn", "hessian", "ntk"]
 QUANTITIES = ("ggn", "hessian", "ntk")
 PROBE_SAMPLES = 512
 FEW_SAMPLES = 50  # a matrix of fewer is told about
+MAX_SECONDS = 4.0
+STEP_MULTIPLE = 4  # times the memory of a training step that a measurement may add
+LEAST_MEMORY = 2**26
 LONG_WORK = 2e8  # trainable parameters times samples from which a measurement may be long
 
 
@@ -63,6 +68,11 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         loss_fn: ``loss_fn(outputs, targets)`` for batches that are pairs.
         num_steps: Lanczos steps of the Hessian.
         max_rows: bound on the GGN's Gram matrix, samples times (classes - 1).
+        max_seconds: wall time of one measurement, all quantities together; None for any. Where it is short, samples,
+            steps and method are chosen by a calibration at the run's first measurement, kept for all its tasks, and
+            told in the record under ``budget``. Networks whose tasks take hours can afford more.
+        max_memory: bytes beyond what the process holds; None for four times what a training step takes (weights,
+            gradients, optimizer state, graph of the first batch), and at least 64 MiB.
         mode: ``"frozen"`` (BatchNorm and dropout off by type), ``"as_is"`` (what the optimizer sees) or ``"eval"``.
         seed: of probes and random state during a measurement.
         on_error: ``"warn"`` records the failure and training goes on; ``"raise"`` stops.
@@ -94,6 +104,8 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         loss_fn: LossFunction | None = None,
         num_steps: int = LANCZOS_STEPS,
         max_rows: int = MAX_ROWS,
+        max_seconds: float | None = MAX_SECONDS,
+        max_memory: float | None = None,
         mode: Mode = "frozen",
         seed: int = 0,
         save_dir: str | None = None,
@@ -109,6 +121,8 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         self.loss_fn = loss_fn
         self.num_steps = whole_number("num_steps", num_steps)
         self.max_rows = whole_number("max_rows", max_rows)
+        self.budget = Budget(max_seconds, max_memory)
+        self._plans = KeptPlans()
         self.mode = mode
         self.seed = whole_number("seed", seed, least=0)
         self._spectra: dict[str, dict[int, Spectrum]] = {quantity: {} for quantity in self.quantities}
@@ -125,12 +139,13 @@ class HessianSpectrumMonitor(BoundaryMonitor):
             quantity: {task: (s.eigenvalues, s.weights, s.num_params, s.exact) for task, s in found.items()}
             for quantity, found in self._spectra.items()
         }
-        return super().state_dict() | {"spectra": spectra}
+        return super().state_dict() | {"spectra": spectra, "plans": self._plans.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the records and the figure of the run that is resumed."""
         super().load_state_dict(state_dict)
         if self._resuming:
+            self._plans.load_state_dict(state_dict["plans"])
             for quantity, found in state_dict["spectra"].items():
                 self._spectra[quantity] = {
                     task: Spectrum(eigenvalues, weights, num_params, exact, quantity)
@@ -144,6 +159,7 @@ class HessianSpectrumMonitor(BoundaryMonitor):
     def measure(self, trainer: Trainer, pl_module: LightningModule, batches: list[Any], phase: Phase) -> Measurement:
         """All quantities; one that fails leaves the others."""
         measurement = Measurement(settings={"mode": self.mode})
+        started = time.perf_counter()
         for quantity in self.quantities:
             # Clones, for a training step may change its batch.
             own = [clone_batch(batch) for batch in batches]
@@ -151,7 +167,7 @@ class HessianSpectrumMonitor(BoundaryMonitor):
                 measured = Measured(
                     pl_module, own, self.loss_fn, mode=self.mode, seed=self.seed, **live_optimizers(pl_module)
                 )
-                spectrum = self._spectrum(measured, quantity)
+                spectrum = self._spectrum(trainer, measured, quantity, time.perf_counter() - started)
             except Exception as error:
                 measurement.failures[quantity] = describe(error)
                 measurement.retry |= not isinstance(error, MeasurementError)
@@ -172,10 +188,31 @@ class HessianSpectrumMonitor(BoundaryMonitor):
             what = f"{type(self).__name__}: the {spectrum.matrix} is that of {used} of the {given} probe samples only"
             self._warn_once(trainer, what, f"{what}, since max_rows={self.max_rows}; a larger max_rows takes more.")
 
-    def _spectrum(self, measured: Measured, quantity: str) -> Spectrum:
-        if quantity != "hessian":
-            return measure_gram(measured, quantity, max_rows=self.max_rows)  # type: ignore[arg-type]
-        return measure_hessian(measured, num_steps=self.num_steps)
+    def _spectrum(self, trainer: Trainer, measured: Measured, quantity: Quantity, spent: float) -> Spectrum:
+        """By the plan made at the run's first measurement, or one made now of what the others have left of the time."""
+        left = max(self.budget.seconds - spent, self.budget.seconds / len(self.quantities))
+        budget = Budget(None if math.isinf(left) else left, self.budget.max_memory or self._memory(measured))
+        parameters = measured.parameters()
+        if quantity == "hessian":
+            plan, new = self._plans.get(
+                quantity, HessianPlan, lambda: plan_hessian(measured, parameters, self.num_steps, budget)
+            )
+            spectrum = measure_hessian(measured, budget=budget, plan=plan)
+        else:
+            gram_plan, new = self._plans.get(
+                quantity, GramPlan, lambda: plan_gram(measured, quantity, parameters, self.max_rows, budget)
+            )
+            spectrum = measure_gram(measured, quantity, max_rows=self.max_rows, plan=gram_plan)
+        if new and (why := spectrum.settings.get("budget")):
+            tell(trainer, f"{type(self).__name__}: the {quantity} is measured on {why}.")
+        return spectrum
+
+    def _memory(self, measured: Measured) -> float:
+        """Four times what a training step takes."""
+        assert self._tracker is not None
+        batch = self._tracker.first_batch
+        batch = measured.first(FEW_SAMPLES).batches[0] if batch is None else clone_batch(batch)
+        return max(STEP_MULTIPLE * training_step_bytes(measured, batch), LEAST_MEMORY)
 
     def _numbers(self, spectrum: Spectrum) -> dict[str, Estimate]:
         numbers = {f"eps_rank_{decimal(eps)}": spectrum.epsilon_rank(eps) for eps in self.eps}

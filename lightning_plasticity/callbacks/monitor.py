@@ -268,7 +268,7 @@ class BoundaryMonitor(Callback):
             like = [record for record in self.records if record.phase == phase] or self.records
             _announce(trainer, like[-1].seconds, f"{what} about")
         elif self.may_be_long(pl_module):
-            _tell(trainer, f"{what} this may take a while")
+            tell(trainer, f"{what} this may take a while")
 
     def _warn_once(self, trainer: Trainer, cause: str, message: str) -> None:
         """Warn once for each cause, whatever numbers its text holds."""
@@ -292,10 +292,11 @@ def _reach_callback_metrics(pl_module: LightningModule, record: TaskRecord) -> N
 
 def _announce(trainer: Trainer, seconds: float, what: str) -> None:
     if seconds >= LONG:
-        _tell(trainer, f"{what} {seconds:.0f} s")
+        tell(trainer, f"{what} {seconds:.0f} s")
 
 
-def _tell(trainer: Trainer, what: str) -> None:
+def tell(trainer: Trainer, what: str) -> None:
+    """Say it where the progress bar is, or log it."""
     bar: Any = trainer.progress_bar_callback
     if bar is not None and getattr(bar, "is_enabled", True):
         bar.print(what)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
-from lightning_plasticity.curvature.memory import free_memory
+from lightning_plasticity.curvature.measured import Measured
+from lightning_plasticity.curvature.memory import GraphMeter, free_memory
 
 FREE_SHARE = 0.5  # of the free memory, where nothing else is said
 
@@ -42,3 +44,25 @@ class Budget:
         """The bound on memory on this device: what is free counts too."""
         free = FREE_SHARE * free_memory(device)
         return free if self.max_memory is None else min(float(self.max_memory), free)
+
+
+def training_step_bytes(measured: Measured, batch: Any) -> int:
+    """Bytes that one training step needs: weights, gradients, the optimizers' state, and the graph of the loss.
+
+    Args:
+        measured: the module and its optimizers.
+        batch: what a step trains on, on the module's device.
+    """
+    parameters = [parameter for parameter in measured.module.parameters() if parameter.requires_grad]
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in measured.module.parameters())
+    gradients = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    states = max((_states(optimizer) for optimizer in measured.optimizers), default=0)
+    with measured.open() as closure, GraphMeter(list(measured.module.parameters())) as meter:
+        closure.run(batch)
+    return weights + (1 + states) * gradients + meter.num_bytes
+
+
+def _states(optimizer: Any) -> int:
+    """Tensors of a parameter's size that an optimizer keeps for it; it has them only after its first step."""
+    defaults = getattr(optimizer, "defaults", {})
+    return 2 if "betas" in defaults else int(bool(defaults.get("momentum")))

@@ -12,6 +12,7 @@ from lightning_plasticity.curvature.budget import Budget
 from lightning_plasticity.curvature.hessian_plan import LEAST_STEPS, HessianPlan, plan_hessian
 from lightning_plasticity.curvature.hessian_problem import HessianProblem, opened
 from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite
+from lightning_plasticity.curvature.samples import num_samples
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.linalg import LanczosQuadrature, lanczos
 
@@ -19,6 +20,7 @@ Method = Literal["auto", "exact", "lanczos"]
 METHODS = ("auto", "exact", "lanczos")
 EXACT_LIMIT = 1000  # live coordinates up to which "auto" forms the whole Hessian
 LANCZOS_STEPS = 120
+PATIENCE = 1.5  # times the budget's seconds after which the clock ends a run
 COPIES = 2e-5  # relative distance of copies of an eigenvalue in a run without reorthogonalisation, in float32
 
 
@@ -29,16 +31,18 @@ def measure_hessian(
     num_steps: int = LANCZOS_STEPS,
     exact_limit: int = EXACT_LIMIT,
     budget: Budget | None = None,
+    plan: HessianPlan | None = None,
 ) -> Spectrum:
-    """The Hessian's spectrum; arguments as in ``hessian_spectrum``."""
+    """The Hessian's spectrum; arguments as in ``hessian_spectrum``, and a plan made before for the same budget."""
     check_method(method)
     budget = Budget() if budget is None else budget
     started = time.perf_counter()
     parameters = measured.parameters()
-    plan = HessianPlan(0, num_steps)
-    if method != "exact":
+    if method == "exact":
+        plan = HessianPlan(num_samples(measured.batches), 0)
+    elif plan is None:
         plan = plan_hessian(measured, parameters, num_steps, budget)
-        measured = measured.first(plan.num_samples)
+    measured = measured.first(plan.num_samples)
     generator = torch.Generator().manual_seed(measured.seed)
     with opened(measured, parameters, generator, chunk=plan.chunk, in_range=method != "exact") as problem:
         operator, live = problem.operator, problem.num_live
@@ -48,15 +52,15 @@ def measure_hessian(
         if exact:
             values = _all_eigenvalues(problem)
         else:
-            quadrature, settings = _quadrature(problem, plan, started + budget.seconds)
+            quadrature, settings = _quadrature(problem, plan, started + PATIENCE * budget.seconds)
             values = torch.tensor(quadrature.nodes)
         num_products = operator.num_products + (problem.reduced.num_products if problem.reduced else 0)
-        num_samples, note = problem.num_samples, problem.evaluations[0].loss_note
+        used, note = problem.num_samples, problem.evaluations[0].loss_note
     top = float(values.abs().max()) if len(values) else 0.0
     about: dict[str, Any] = {
         "matrix": "hessian",
         "method": "exact" if exact else "lanczos",
-        "num_samples": num_samples,
+        "num_samples": used,
         "num_products": num_products,
         "seconds": time.perf_counter() - started,
         "resolution": RESOLUTION.get(operator.dtype, 1e-2) * top,

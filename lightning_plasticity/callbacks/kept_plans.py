@@ -1,0 +1,40 @@
+"""Plans that a run makes at its first measurement and keeps, so that the numbers of its tasks compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, Protocol, TypeVar
+
+
+class Plan(Protocol):
+    """A frozen dataclass of plain values that says what a measurement does, and what a budget changed."""
+
+    @property
+    def why(self) -> str:
+        """Empty where nothing was changed."""
+
+
+AnyPlan = TypeVar("AnyPlan", bound=Plan)
+
+
+class KeptPlans:
+    """Plans by name, in a form that checkpoints can hold."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, dict[str, Any]] = {}
+
+    def get(self, name: str, kind: type[AnyPlan], make: Callable[[], AnyPlan]) -> tuple[AnyPlan, bool]:
+        """The plan of this name, made now if there is none yet; and whether it is new."""
+        new = name not in self._kept
+        if new:
+            self._kept[name] = asdict(make())  # type: ignore[call-overload]
+        return kind(**self._kept[name]), new
+
+    def state_dict(self) -> dict[str, Any]:
+        """All plans, as plain values."""
+        return {name: dict(plan) for name, plan in self._kept.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with the plans of the run that is resumed."""
+        self._kept = {name: dict(plan) for name, plan in state.items()}
