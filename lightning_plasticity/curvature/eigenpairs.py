@@ -30,6 +30,7 @@ ORDERS: dict[str, tuple[Callable[[NDArray[Any]], NDArray[Any]], str]] = {
     "smallest": (np.negative, "SA"),
 }
 DENSE_LIMIT = 200  # live coordinates up to which the whole matrix costs no more products than the iteration
+MAX_BASIS_BYTES = 2**31  # what the Lanczos basis may take when ARPACK has given up
 POWER_STEPS = 5  # products for the order of magnitude of the largest eigenvalue
 
 Pairs = tuple[NDArray[np.float64], NDArray[np.float64]]  # values (j,) and vectors (j, d), best first
@@ -181,25 +182,29 @@ class _Iteration:
     def __init__(
         self, operator: HessianOperator, live: Tensor, which: Which, tol: float, max_products: int, seed: int
     ) -> None:
-        self.operator, self.which, self.tol, self.max_products = operator, which, tol, max_products
+        self.operator, self.which, self.tol = operator, which, tol
+        self.fallback = max_products // 4  # products kept back for when ARPACK gives up
+        self.budget = max_products - self.fallback
         self.indices = live.nonzero()[:, 0]
         self.random = np.random.default_rng(seed)
         self.found: Pairs = np.empty(0), np.empty((0, len(self.indices)))
         self.scale = self._power()
-        # ARPACK's tolerance is relative to each eigenvalue. A shift away from zero makes it one to the largest.
+        # ARPACK's tolerance is relative to each eigenvalue. A shift away from zero makes it one to the largest: shifted
+        # ones are at most three times as large as that.
         self.shift = {"magnitude": 0.0, "largest": 2.0, "smallest": -2.0}[which] * self.scale
 
     def run(self, k: int) -> Pairs:
         """At most k pairs; fewer than k only where there are no more."""
-        self._merge(self._pass(k, self.tol), k)
-        while self.operator.num_products < self.max_products:
+        tol = self.tol / 3 if self.shift else self.tol
+        self._merge(self._pass(k, tol), k)
+        while self.operator.num_products < self.budget:
             # The error of an eigenvalue is of the order of its residual squared, so this one is right to about tol.
             missed = self._pass(1, self.tol**0.5)[0]
             key = ORDERS[self.which][0]
             full = len(self.found[0]) >= k
             if full and not (len(missed) and key(missed)[0] > key(self.found[0])[k - 1] + self.tol * self.scale):
                 break
-            self._merge(self._pass(k, self.tol), k)
+            self._merge(self._pass(k, tol), k)
             if not full and len(self.found[0]) < k:
                 break
         if len(self.found[0]) < k:
@@ -233,7 +238,7 @@ class _Iteration:
     def _pass(self, k: int, tol: float) -> Pairs:
         """What ARPACK finds on the complement within the budget, and perhaps fewer than k."""
         size, subspace = len(self.indices), _subspace(k)
-        left = self.max_products - self.operator.num_products - subspace
+        left = self.budget - self.operator.num_products - subspace
         linear = LinearOperator((size, size), matvec=self._deflated, dtype=np.float64)
         start = self._project(self.random.standard_normal(size))
         restarts = max(1, left // (subspace - k))
@@ -246,9 +251,11 @@ class _Iteration:
         return _best((values - self.shift, vectors.T), k, self.which)
 
     def _ritz(self, k: int) -> Pairs:
-        """Ritz pairs of a short Lanczos run on the complement: the best there is when ARPACK gave up."""
+        """Ritz pairs of one Lanczos run on the complement: the best there is when ARPACK gave up."""
+        room = MAX_BASIS_BYTES // (8 * len(self.indices))
+        steps = max(_subspace(k), min(self.fallback, room))
         start = torch.from_numpy(self._project(self.random.standard_normal(len(self.indices))))
-        run = lanczos(lambda v: torch.from_numpy(self._deflated(v.numpy())), start, _subspace(k), keep_basis=True)
+        run = lanczos(lambda v: torch.from_numpy(self._deflated(v.numpy())), start, steps, keep_basis=True)
         values, vectors = run.ritz()
         assert run.basis is not None
         return _best((values - self.shift, vectors.T @ run.basis.numpy()), k, self.which)

@@ -193,6 +193,43 @@ def test_a_zero_hessian(which: Any) -> None:
     torch.testing.assert_close(found.vectors @ found.vectors.T, torch.eye(2))
 
 
+def test_dead_coordinates_come_before_negative_eigenvalues() -> None:
+    x = torch.tensor([[1.0, 2.0, 0.0, 0.0], [2.0, -1.0, 0.0, 0.0]])
+    net = nn.Linear(4, 1, bias=False)
+    found = hessian_eigenpairs(net, lambda out, y: -out.square().mean(), (x, torch.zeros(2)), k=3, which="largest")
+    assert found.settings["live_coordinates"] == 2
+    torch.testing.assert_close(found.values, torch.tensor([0.0, 0.0, -5.0], dtype=torch.float64))
+    assert found.vectors[:2, :2].abs().max() == 0
+
+
+@pytest.mark.parametrize("which", ["smallest", "largest"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_null_space_converges(which: Any, dtype: torch.dtype, iterate: None) -> None:
+    # Relative to themselves eigenvalues of zero converge late or never; relative to the largest they do at once.
+    torch.manual_seed(0)
+    net, data = (
+        nn.Linear(240, 1, bias=False).to(dtype),
+        (torch.randn(40, 240, dtype=dtype), torch.zeros(40, 1).to(dtype)),
+    )
+    sign = 1.0 if which == "smallest" else -1.0
+    found = hessian_eigenpairs(net, lambda out, y: sign * (out - y).square().mean(), data, k=5, which=which)
+    assert bool(found.converged.all())
+    assert found.num_products < 350  # without a shift 390 in float64, 860 in float32
+    torch.testing.assert_close(found.values, torch.zeros(5).double(), rtol=0, atol=1e-5)
+
+
+def test_what_arpack_gives_up_on_is_left_to_lanczos(iterate: None) -> None:
+    # Two hundred eigenvalues crowd at zero, a factor of 1.07 apart: too close for restarts with twenty vectors.
+    torch.manual_seed(0)
+    x = torch.randn(400, 240, dtype=torch.float64) * torch.logspace(0, -7, 240, dtype=torch.float64)
+    net = nn.Linear(240, 1, bias=False).double()
+    data = x, torch.zeros(400, 1).double()
+    found = hessian_eigenpairs(net, F.mse_loss, data, k=5, which="smallest", max_products=600)
+    top = float(torch.linalg.eigvalsh(dense(net, F.mse_loss, data))[-1])
+    assert float(found.values.abs().max()) < 1e-5 * top
+    assert torch.equal(found.converged, found.residuals <= 1e-6 * top)
+
+
 def test_one_parameter_and_fewer_parameters_than_pairs() -> None:
     net = nn.Linear(1, 1, bias=False)
     found = hessian_eigenpairs(net, F.mse_loss, (torch.full((1, 1), 3.0), torch.zeros(1, 1)), k=10)
