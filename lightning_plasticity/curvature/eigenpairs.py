@@ -3,37 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor, nn
 
+from lightning_plasticity.curvature.arpack import ORDERS, ArpackIteration, Pairs, Which, best, subspace_size
 from lightning_plasticity.curvature.closure import LossFunction
 from lightning_plasticity.curvature.functions import as_batches
 from lightning_plasticity.curvature.hessian import HessianOperator
 from lightning_plasticity.curvature.hessian_measure import _evaluate_all
 from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite
 from lightning_plasticity.curvature.output_loss import batch_shares
-from lightning_plasticity.linalg import lanczos
 from lightning_plasticity.nn import Mode
 
-Which = Literal["magnitude", "largest", "smallest"]
-# What makes an eigenvalue come first, and what ARPACK calls it.
-ORDERS: dict[str, tuple[Callable[[NDArray[Any]], NDArray[Any]], str]] = {
-    "magnitude": (np.abs, "LM"),
-    "largest": (np.positive, "LA"),
-    "smallest": (np.negative, "SA"),
-}
 DENSE_LIMIT = 200  # live coordinates up to which the whole matrix costs no more products than the iteration
-MAX_BASIS_BYTES = 2**31  # what the Lanczos basis may take when ARPACK has given up
-POWER_STEPS = 5  # products for the order of magnitude of the largest eigenvalue
-
-Pairs = tuple[NDArray[np.float64], NDArray[np.float64]]  # values (j,) and vectors (j, d), best first
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,120 +146,12 @@ def _live_pairs(
 ) -> tuple[Pairs, float, str]:
     """At most k pairs on the live coordinates, a lower bound of the largest |eigenvalue|, and the method."""
     size = int(live.sum())
-    if size <= max(DENSE_LIMIT, _subspace(k)):
+    if size <= max(DENSE_LIMIT, subspace_size(k)):
         values, vectors = torch.linalg.eigh(finite(operator.dense(live)))
         top = float(values.abs().max()) if size else 0.0
-        return _best((values.cpu().numpy(), vectors.T.cpu().numpy()), k, which), top, "dense"
-    iteration = _Iteration(operator, live, which, tol, max_products, seed)
+        return best((values.cpu().numpy(), vectors.T.cpu().numpy()), k, which), top, "dense"
+    iteration = ArpackIteration(operator, live, which, tol, max_products, seed)
     return iteration.run(k), iteration.scale, "arpack"
-
-
-def _subspace(k: int) -> int:
-    """Lanczos vectors that ARPACK keeps."""
-    return max(2 * k + 1, 20)
-
-
-def _best(pairs: Pairs, k: int, which: Which) -> Pairs:
-    order = np.argsort(-ORDERS[which][0](pairs[0]), kind="stable")[:k]
-    return pairs[0][order], pairs[1][order]
-
-
-class _Iteration:
-    """ARPACK on the live coordinates, each pass on the orthogonal complement of what is found already."""
-
-    def __init__(
-        self, operator: HessianOperator, live: Tensor, which: Which, tol: float, max_products: int, seed: int
-    ) -> None:
-        self.operator, self.which, self.tol = operator, which, tol
-        self.fallback = max_products // 4  # products kept back for when ARPACK gives up
-        self.budget = max_products - self.fallback
-        self.indices = live.nonzero()[:, 0]
-        self.random = np.random.default_rng(seed)
-        self.found: Pairs = np.empty(0), np.empty((0, len(self.indices)))
-        self.scale = self._power()
-        # ARPACK's tolerance is relative to each eigenvalue. A shift away from zero makes it one to the largest: shifted
-        # ones are at most three times as large as that.
-        self.shift = {"magnitude": 0.0, "largest": 2.0, "smallest": -2.0}[which] * self.scale
-
-    def run(self, k: int) -> Pairs:
-        """At most k pairs; fewer than k only where there are no more."""
-        tol = self.tol / 3 if self.shift else self.tol
-        self._merge(self._pass(k, tol), k)
-        while self.operator.num_products < self.budget:
-            # The error of an eigenvalue is of the order of its residual squared, so this one is right to about tol.
-            missed = self._pass(1, self.tol**0.5)[0]
-            key = ORDERS[self.which][0]
-            full = len(self.found[0]) >= k
-            if full and not (len(missed) and key(missed)[0] > key(self.found[0])[k - 1] + self.tol * self.scale):
-                break
-            self._merge(self._pass(k, tol), k)
-            if not full and len(self.found[0]) < k:
-                break
-        if len(self.found[0]) < k:
-            self._merge(self._ritz(k), k)
-        return self.found
-
-    def _product(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
-        full = torch.zeros(self.operator.num_params, dtype=self.operator.dtype, device=self.operator.device)
-        full[self.indices] = torch.from_numpy(vector.ravel()).to(full)
-        product: NDArray[np.float64] = finite(self.operator.matvec(full)[self.indices]).double().cpu().numpy()
-        return product
-
-    def _deflated(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
-        """The shifted operator, and zero on what is found."""
-        inside = self._project(vector.ravel())
-        return self._project(self._product(inside) + self.shift * inside)
-
-    def _project(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
-        basis = self.found[1]
-        inside: NDArray[np.float64] = vector - basis.T @ (basis @ vector)
-        return inside
-
-    def _power(self) -> float:
-        """The largest |eigenvalue| from below, its order of magnitude at least."""
-        vector, size = self.random.standard_normal(len(self.indices)), 0.0
-        for _ in range(POWER_STEPS):
-            vector = self._product(vector / np.linalg.norm(vector))
-            size = max(size, float(np.linalg.norm(vector)))
-        return size
-
-    def _pass(self, k: int, tol: float) -> Pairs:
-        """What ARPACK finds on the complement within the budget, and perhaps fewer than k."""
-        size, subspace = len(self.indices), _subspace(k)
-        left = self.budget - self.operator.num_products - subspace
-        linear = LinearOperator((size, size), matvec=self._deflated, dtype=np.float64)
-        start = self._project(self.random.standard_normal(size))
-        restarts = max(1, left // (subspace - k))
-        try:
-            values, vectors = eigsh(
-                linear, k, which=ORDERS[self.which][1], v0=start, ncv=subspace, maxiter=restarts, tol=tol
-            )
-        except ArpackNoConvergence as stopped:
-            values, vectors = stopped.eigenvalues, stopped.eigenvectors
-        return _best((values - self.shift, vectors.T), k, self.which)
-
-    def _ritz(self, k: int) -> Pairs:
-        """Ritz pairs of one Lanczos run on the complement: the best there is when ARPACK gave up."""
-        room = MAX_BASIS_BYTES // (8 * len(self.indices))
-        steps = max(_subspace(k), min(self.fallback, room))
-        start = torch.from_numpy(self._project(self.random.standard_normal(len(self.indices))))
-        run = lanczos(lambda v: torch.from_numpy(self._deflated(v.numpy())), start, steps, keep_basis=True)
-        values, vectors = run.ritz()
-        assert run.basis is not None
-        return _best((values - self.shift, vectors.T @ run.basis.numpy()), k, self.which)
-
-    def _merge(self, new: Pairs, k: int) -> None:
-        """Keep the k best; ARPACK's own restarts may leave the complement, so the new ones are put back into it."""
-        values, vectors = self.found
-        for value, vector in zip(*new, strict=True):
-            rest = vector - vectors.T @ (vectors @ vector)
-            norm = np.linalg.norm(rest)
-            if norm > 0.5:  # else it was mostly found already
-                rest = rest / norm
-                rest -= vectors.T @ (vectors @ rest)
-                vectors = np.vstack([vectors, rest / np.linalg.norm(rest)])
-                values = np.append(values, value)
-        self.found = _best((values, vectors), k, self.which)
 
 
 def _with_dead(found: Pairs, live: NDArray[np.bool_], k: int, which: Which) -> Tensor:
@@ -281,7 +161,7 @@ def _with_dead(found: Pairs, live: NDArray[np.bool_], k: int, which: Which) -> T
     vectors[: len(found[0]), live] = found[1]
     vectors[len(found[0]) + np.arange(len(dead)), dead] = 1.0
     values = np.concatenate([found[0], np.zeros(len(dead))])
-    return torch.from_numpy(_best((values, vectors), k, which)[1])
+    return torch.from_numpy(best((values, vectors), k, which)[1])
 
 
 def _measured(operator: HessianOperator, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,4 +182,4 @@ def _check_settings(k: int, which: str, tol: float, max_products: int) -> None:
     if not 0 < tol < 1:
         raise ValueError(f"tol={tol}, expected a relative residual between 0 and 1, e.g. 1e-6.")
     if max_products < 1:
-        raise ValueError(f"max_products={max_products}, expected at least 1; {_subspace(k)} make one pass.")
+        raise ValueError(f"max_products={max_products}, expected at least 1; {subspace_size(k)} make one pass.")

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 import lightning_plasticity.curvature.eigenpairs as eigenpairs
 from lightning_plasticity.curvature import Eigenpairs, MeasurementError, hessian_eigenpairs
-from lightning_plasticity.curvature.eigenpairs import ORDERS
+from lightning_plasticity.curvature.arpack import ORDERS
 
 WHICH = tuple(ORDERS)
 
@@ -263,6 +263,16 @@ def test_a_spent_budget_is_flagged(iterate: None) -> None:
     nearest = (found.values[:, None] - torch.linalg.eigvalsh(matrix)).abs().min(dim=1).values
     assert bool((nearest <= found.residuals + 1e-12).all())
     torch.testing.assert_close(found.vectors @ found.vectors.T, torch.eye(6).double())
+
+
+def test_a_multiple_of_the_identity_on_a_small_budget(iterate: None) -> None:
+    # Every Lanczos run ends after one step, in an invariant subspace; all pairs are there nevertheless.
+    net, x = nn.Linear(120, 1, bias=False).double(), torch.eye(120, dtype=torch.float64)
+    loss = lambda out, y: 1.5 * (out - y).square().sum()  # noqa: E731
+    found = hessian_eigenpairs(net, loss, (x, torch.zeros(120, 1).double()), k=8, max_products=1)
+    torch.testing.assert_close(found.values, torch.full((8,), 3.0).double())
+    torch.testing.assert_close(found.vectors @ found.vectors.T, torch.eye(8).double())
+    assert bool(found.converged.all())
 
 
 def test_nan_is_a_measurement_error() -> None:
