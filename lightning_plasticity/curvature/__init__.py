@@ -1,6 +1,7 @@
 """Curvature of a loss at given weights: Hessian, GGN and NTK spectra. Knows modules, and no Trainer."""
 
 from lightning_plasticity.curvature.closure import Evaluation, LossClosure
+from lightning_plasticity.curvature.eigenpairs import Eigenpairs, hessian_eigenpairs
 from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.functions import ggn_spectrum, hessian_spectrum, ntk_spectrum
 from lightning_plasticity.curvature.gram_measure import measure_gram
@@ -16,6 +17,7 @@ from lightning_plasticity.curvature.output_loss import OutputLoss
 from lightning_plasticity.curvature.spectrum import Spectrum
 
 __all__ = [
+    "Eigenpairs",
     "Evaluation",
     "HessianOperator",
     "KroneckerBlock",
@@ -28,6 +30,7 @@ __all__ = [
     "OutputLoss",
     "Spectrum",
     "ggn_spectrum",
+    "hessian_eigenpairs",
     "hessian_spectrum",
     "kronecker_spectrum",
     "linearized_trainability",

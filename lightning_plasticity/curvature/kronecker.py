@@ -57,7 +57,8 @@ def kronecker_spectrum(
         model: any module; it is left exactly as it was.
         loss_fn: ``loss_fn(outputs, targets) -> scalar mean loss``; None for a LightningModule's own training step
             (hooks only).
-        data: ``(inputs, targets)`` or an iterable of such pairs; batches are weighted by their size.
+        data: ``(inputs, targets)`` or an iterable of such pairs, which give the factors of all samples at once: A is a
+            mean over samples, B is of the loss on all of them (weights, ignored targets and sums included).
         params: names or wildcards of the parameters that count, as in ``ggn_spectrum``; None for all trainable ones.
         factors: B from the exact square root of the loss's Hessian (``"kflr"``), from sampled labels (``"kfac"``), or
             averaged at every layer on its way back (``"kfra"``). Where hooks stand in for KFAC they take the exact
@@ -135,10 +136,15 @@ def _trial(measured: Measured, layers: Sequence[ChosenLayer]) -> None:
     size = batch_size(first)
     few = map_tensors(first, lambda part: part[:TRIAL_SAMPLES] if part.shape[:1] == (size,) else part)
     small = replace(measured, batches=[few])
-    found, expected = backpack_factors(small, layers, "kflr"), hook_factors(small, layers)
+    try:
+        found, expected = backpack_factors(small, layers, "kflr"), hook_factors(small, layers)
+    except MeasurementError as error:  # two samples may have no loss (ignored targets, say) where all have one
+        raise Refused(f"its factors could not be compared with autograd's on two samples: {error}") from error
+    if unsure := sorted(set(found.inputs) - set(found.skipped) - set(expected.inputs)):
+        raise Refused(f"it has factors of {', '.join(unsure)}, which our hooks leave out.")
     for name in expected.inputs:
-        pairs = ((found.inputs, expected.inputs), (found.outputs, expected.outputs))
-        if name not in found.inputs or not all(_close(a[name], b[name], expected.dtype) for a, b in pairs):
+        pairs = zip(found.totals(name), expected.totals(name), strict=True) if name in found.inputs else ()
+        if name not in found.inputs or not all(_close(a, b, expected.dtype) for a, b in pairs):
             raise Refused(f"its factors of {name} are not those that autograd gives on two samples.")
 
 

@@ -31,6 +31,7 @@ from lightning_plasticity.curvature.layers import LayerTaps, patches_of
 from lightning_plasticity.curvature.measured import Measured, require_outputs
 from lightning_plasticity.curvature.output_loss import OutputLoss
 from lightning_plasticity.nn import undisturbed
+from lightning_plasticity.nn.batches import join_batches
 
 Factors = Literal["kflr", "kfac", "kfra"]
 FACTORS = ("kflr", "kfac", "kfra")
@@ -57,7 +58,7 @@ def backpack_factors(
         raise Refused("the loss is the module's own, and not loss_fn of its outputs.")
     sums = FactorSums()
     twin, network, twins = _converted_copy(measured.module, layers)
-    for index, batch in enumerate(measured.batches):
+    for index, batch in enumerate(_batches(measured, factors)):
         with measured.open() as closure, LayerTaps(measured.module) as taps:
             loss = require_outputs(closure(batch, index))
             outputs = loss.outputs.detach()
@@ -66,15 +67,25 @@ def backpack_factors(
         if not isinstance(inputs, Tensor):
             raise Refused(f"the inputs are {type(inputs).__name__}, not one tensor.")
         loss_module = _loss_module(loss)
-        with undisturbed(twin, mode=measured.mode, seed=measured.seed), _quiet_float64():
+        with undisturbed(twin, mode=measured.mode, seed=measured.seed + index), _quiet_float64():
             found = _run(network, loss_module, (inputs, loss.targets, outputs), _extension(factors, mc_samples), twins)
+        sums.begin(loss)
         for name, (a, b, positions) in found.items():
-            sums.add(name, a[None], b[None], positions, loss.num_samples)
-        sums.num_samples += loss.num_samples
+            sums.add(name, a[None], b[None], positions)
     missing = {layer.name for layer in layers} - set(sums.inputs) - set(sums.skipped)
     if missing:
         raise Refused(f"it gave no factors for {', '.join(sorted(missing))}.")
     return sums
+
+
+def _batches(measured: Measured, factors: Factors) -> Sequence[Any]:
+    """The batches; one for KFRA, whose averages at every layer are over all samples and do not add up."""
+    if factors != "kfra":
+        return measured.batches
+    joined = join_batches(measured.batches)
+    if joined is None:
+        raise Refused("KFRA averages over all samples at every layer, and these batches do not fit in one.")
+    return [joined]
 
 
 @contextmanager

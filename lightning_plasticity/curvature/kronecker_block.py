@@ -72,7 +72,17 @@ class KroneckerBlock:
     @property
     def rank(self) -> int:
         """Rank of A times rank of B."""
-        return int((self.input_eigenvalues > 0).sum()) * int((self.output_eigenvalues > 0).sum())
+        return self.input_rank * self.output_rank
+
+    @property
+    def input_rank(self) -> int:
+        """Rank of A: the numerical rank of the layer's features, with the column of ones that the bias multiplies."""
+        return int((self.input_eigenvalues > 0).sum())
+
+    @property
+    def output_rank(self) -> int:
+        """Rank of B."""
+        return int((self.output_eigenvalues > 0).sum())
 
     @property
     def max_abs(self) -> float:

@@ -34,12 +34,12 @@ def hook_factors(measured: Measured, layers: Sequence[ChosenLayer]) -> FactorSum
             skipped |= _check(loss.outputs, columns, used, calls)
             used = [layer for layer in used if layer.name not in skipped]
             outputs = _output_factors(loss.outputs, columns, used, calls)
+            sums.begin(loss)
             for layer in used:
                 call = calls[layer.name]
                 inputs = input_factor(layer, call.input)
-                sums.add(layer.name, inputs, outputs[layer.name], num_positions(layer, call.output), loss.num_samples)
+                sums.add(layer.name, inputs, outputs[layer.name], num_positions(layer, call.output))
             sums.skipped |= skipped
-            sums.num_samples += loss.num_samples
             sums.dtype = loss.outputs.dtype
     return sums
 

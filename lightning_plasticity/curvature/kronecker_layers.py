@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.kronecker_block import KroneckerBlock
 from lightning_plasticity.curvature.layers import LayerCall, LayerTaps
+from lightning_plasticity.curvature.output_loss import OutputLoss, batch_shares
 
 ROOT = "root"  # name of the layer when the whole model is one
 
@@ -51,30 +52,48 @@ class ChosenLayer:
 
 @dataclass
 class FactorSums:
-    """Factors added up over batches.
+    """Factors added up over batches, so that they are those of all samples at once.
+
+    A is a mean over samples, whatever the loss makes of them, and batches count by their size. B is of the loss, so
+    batches count by what the loss divides by: weights of classes, kept targets, nothing for a sum.
 
     Attributes:
-        inputs: (G, D, D) float64 sum of share x A over batches, by layer; G groups.
-        outputs: (G, O, O) float64 sum of share x B.
+        inputs: (G, D, D) float64 sum of N_b x A over batches, by layer; G groups.
+        outputs: (G, O, O) float64 B of each batch.
         positions: T, of the last batch.
         skipped: reasons, by layer.
-        num_samples: N.
+        losses: the batches' losses, without their graphs.
         dtype: what the network ran in.
     """
 
     inputs: dict[str, Tensor] = field(default_factory=dict)
-    outputs: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, list[Tensor]] = field(default_factory=dict)
     positions: dict[str, int] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
-    num_samples: int = 0
+    losses: list[OutputLoss] = field(default_factory=list)
     dtype: torch.dtype = torch.float64
 
-    def add(self, name: str, inputs: Tensor, outputs: Tensor, positions: int, num_samples: int) -> None:
-        """Add one batch's means, weighted by its size; the total is divided out in ``blocks``."""
-        for sums, part in ((self.inputs, inputs), (self.outputs, outputs)):
-            part = part.detach().to("cpu", torch.float64) * num_samples
-            sums[name] = sums[name] + part if name in sums else part
+    @property
+    def num_samples(self) -> int:
+        """N."""
+        return sum(loss.num_samples for loss in self.losses)
+
+    def begin(self, loss: OutputLoss) -> None:
+        """Note a batch's loss; its factors follow by ``add``."""
+        self.losses.append(replace(loss, outputs=loss.outputs.detach()))
+
+    def add(self, name: str, inputs: Tensor, outputs: Tensor, positions: int) -> None:
+        """Add the factors of a layer on the batch that has begun: (G, D, D) and (G, O, O)."""
+        part = inputs.detach().to("cpu", torch.float64) * self.losses[-1].num_samples
+        self.inputs[name] = self.inputs[name] + part if name in self.inputs else part
+        self.outputs.setdefault(name, []).append(outputs.detach().to("cpu", torch.float64))
         self.positions[name] = positions
+
+    def totals(self, name: str) -> tuple[Tensor, Tensor]:
+        """A and B of a layer on all samples, (G, D, D) and (G, O, O)."""
+        shares = batch_shares(self.losses, [loss.num_samples for loss in self.losses])
+        parts = zip(shares, self.outputs[name], strict=True)
+        return self.inputs[name] / self.num_samples, torch.stack([share * part for share, part in parts]).sum(0)
 
     def blocks(self, layers: Iterable[ChosenLayer], source: str) -> dict[str, KroneckerBlock]:
         """The finished blocks, in the order of the layers.
@@ -86,10 +105,9 @@ class FactorSums:
         for layer in layers:
             if layer.name in self.skipped or layer.name not in self.inputs:
                 continue
-            pairs = zip(self.inputs[layer.name], self.outputs[layer.name], strict=True)
-            for group, factors in enumerate(pairs):
-                a, b = (_symmetric(factor / self.num_samples, layer.name) for factor in factors)
-                grouped = layer.groups > 1
+            grouped = layer.groups > 1
+            for group, factors in enumerate(zip(*self.totals(layer.name), strict=True)):
+                a, b = (_symmetric(factor, layer.name) for factor in factors)
                 found[f"{layer.name}.group{group}" if grouped else layer.name] = KroneckerBlock(
                     layer.name,
                     layer.parameters,

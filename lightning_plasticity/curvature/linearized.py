@@ -2,19 +2,18 @@
 
 Around its weights a network is f + J dtheta. A step of size eta on a mean squared loss then maps the residual r to
 (I - eta h Gamma) r with Gamma = J J^T / N, so the NTK's eigenpairs and the first residual say where training can get in
-T steps. Whole eigenpairs where N C is small; else Lanczos on Gamma from the residual, one VJP and one JVP a product.
+T steps; for other losses the GGN's take their place, on a quadratic model. Whole eigenpairs where N C is small; else
+Lanczos on Gamma from the residual, one VJP and one JVP a product.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from lightning_plasticity.curvature.closure import LossFunction
 from lightning_plasticity.curvature.errors import MeasurementError
@@ -22,10 +21,11 @@ from lightning_plasticity.curvature.functions import as_batches
 from lightning_plasticity.curvature.gram import GramRows, assemble, collect_rows, disagreements
 from lightning_plasticity.curvature.hessian_measure import Method, check_method
 from lightning_plasticity.curvature.layers import LayerTaps
+from lightning_plasticity.curvature.linearized_operator import WeightedOperator
 from lightning_plasticity.curvature.linearized_result import LinearizedPrediction
+from lightning_plasticity.curvature.linearized_start import KERNELS, Kernel, Start, start_of
 from lightning_plasticity.curvature.measured import RESOLUTION, Measured, finite, require_outputs
 from lightning_plasticity.curvature.ntk_operator import NtkOperator
-from lightning_plasticity.curvature.output_loss import OutputLoss
 from lightning_plasticity.linalg import lanczos
 from lightning_plasticity.nn import Mode
 
@@ -40,18 +40,31 @@ def linearized_trainability(
     *,
     learning_rate: float,
     num_steps: int,
+    kernel: Kernel = "ntk",
     params: str | Sequence[str] | None = None,
     method: Method = "auto",
     lanczos_steps: int | None = None,
     mode: Mode = "frozen",
     seed: int = 0,
 ) -> LinearizedPrediction:
-    """Predict the loss under full-batch gradient descent from the NTK and the residual at the present weights.
+    """Predict the loss under full-batch gradient descent from the kernel and the residual at the present weights.
 
-    For a squared loss (``mse_loss``, or 1/2 |f - y|^2 averaged over samples) the prediction is of the loss itself, and
-    exact for a model linear in its parameters. For any other loss it is of 1/2 |r|^2, the mean squared residual
-    r = -dl/df (one-hot minus probabilities for cross-entropy), as if the loss were squared: the plain NTK form. A
-    curvature-weighted NTK is not offered: in an over-confident network it is near zero whatever the network can learn.
+    **Squared loss** (``mse_loss``, or 1/2 |f - y|^2 averaged over samples): of the loss itself, exact for a model
+    linear in its parameters, and the same with both kernels.
+
+    **Any other loss,** ``kernel="ntk"``: of 1/2 |r|^2, the mean squared residual r = -dl/df (one-hot minus
+    probabilities for cross-entropy), as if the loss were squared.
+
+    **Any other loss,** ``kernel="ggn"``: of its quadratic model along the linearisation. With d the change of the
+    parameters, g = dL/df and S S^T = H_out = d2L/df2 frozen at the start, and r_0 such that S r_0 = -g,
+
+        q(d) = L + g^T J d + 1/2 (J d)^T H_out (J d) = L - 1/2 |r_0|^2 + 1/2 |r_0 - S^T J d|^2,
+
+    and a step of gradient descent on q maps r to (I - eta S^T J J^T S) r: the NTK's place is taken by the loss-weighted
+    Gram matrix, whose nonzero eigenvalues are the GGN's. ``loss_after`` is 1/2 |r_T|^2, what q is above its lowest
+    value, and ``offset`` = L - 1/2 |r_0|^2 is that value, as far as outputs can be chosen freely. For cross-entropy
+    1/2 |r_0|^2 is the mean of (1 - p_y) / (2 p_y): on confident mistakes the model has a far and flat minimum. So this
+    form says what the loss does next, and does not rank networks by what they can learn; the plain NTK does.
 
     Source: Jacot et al. 2018 (arXiv 1806.07572), section 5, for the dynamics, here in discrete steps; the quadrature is
     that of Golub and Meurant 1994.
@@ -62,9 +75,10 @@ def linearized_trainability(
         data: ``(inputs, targets)`` or an iterable of such pairs; all of it is one full batch.
         learning_rate: eta, of plain gradient descent on the mean loss (no momentum, no Adam).
         num_steps: T, the budget of steps.
+        kernel: ``"ntk"`` or ``"ggn"``, as above.
         params: names or wildcards of the parameters that learn, e.g. ``"head.*"``; None for all trainable ones.
-        method: ``"exact"`` decomposes the N C x N C Gram matrix, ``"lanczos"`` does not form it, ``"auto"`` is exact up
-            to 2000 rows.
+        method: ``"exact"`` decomposes the Gram matrix (N C rows; N (C - 1) for the GGN of a softmax), ``"lanczos"``
+            does not form it, ``"auto"`` is exact up to 2000 rows.
         lanczos_steps: K; exact for up to K - 1 steps of gradient descent, with bounds beyond. By default T + 1, at most
             120.
         mode: ``"frozen"`` (BatchNorm and dropout off, by type), ``"as_is"`` or ``"eval"``.
@@ -75,7 +89,7 @@ def linearized_trainability(
 
     Raises:
         MeasurementError: when eta h lambda_max >= 2, where gradient descent diverges; when outputs cannot be told from
-            the loss; or when something is not finite.
+            the loss; when the quadratic model has no minimum (``"ggn"``); or when something is not finite.
         ValueError: for unknown settings.
 
     Example:
@@ -89,11 +103,11 @@ def linearized_trainability(
         >>> round(found.loss_after(0).value, 6), round(found.loss_after(1).value, 6)  # 5 / 2, times (1 - 0.1 * 5)^2
         (2.5, 0.625)
     """
-    _check_arguments(learning_rate, num_steps, method, lanczos_steps)
+    _check_arguments(learning_rate, num_steps, kernel, method, lanczos_steps)
     measured = Measured(model, as_batches(data, model), loss_fn, params, mode, seed)
     started = time.perf_counter()
     parameters = measured.parameters()
-    start = _residuals(measured)
+    start = start_of(measured, kernel)
     use_exact = method == "exact" or (method == "auto" and start.residual.numel() <= EXACT_ROWS)
     about: dict[str, Any] = {
         "learning_rate": learning_rate,
@@ -101,6 +115,8 @@ def linearized_trainability(
         "num_samples": start.num_samples,
         "num_rows": start.residual.numel(),
         "curvature": start.curvature,
+        "kernel": kernel,
+        "offset": start.offset,
         "settings": {"dtype": str(start.dtype).removeprefix("torch."), "mode": mode},
     }
     if not bool(start.residual.any()):  # the network fits the data: nothing is left to learn
@@ -113,112 +129,40 @@ def linearized_trainability(
     nodes = about["nodes"]
     about["resolution"] = RESOLUTION.get(start.dtype, 1e-2) * float(nodes.max())
     about["nodes"] = nodes.where(nodes > about["resolution"], 0.0)  # a null space that rounding would let decay
-    _check_stable(learning_rate, float(nodes.max()))
+    _check_stable(learning_rate, float(nodes.max()), kernel)
     return LinearizedPrediction(**about, seconds=time.perf_counter() - started)
 
 
-@dataclass(frozen=True)
-class _Start:
-    """The residual before the first step.
-
-    Attributes:
-        residual: (C, N) float64, in the order of the Gram matrix's rows.
-        sizes: N_b of the batches.
-        curvature: h.
-        dtype: of the outputs.
-    """
-
-    residual: Tensor
-    sizes: list[int]
-    curvature: float
-    dtype: torch.dtype
-
-    @property
-    def num_samples(self) -> int:
-        return sum(self.sizes)
-
-
-def _residuals(measured: Measured) -> _Start:
-    parts, sizes, curvatures = [], [], set()
-    dtype = torch.float64
-    with measured.open() as closure:
-        for index, batch in enumerate(measured.batches):
-            loss = require_outputs(closure(batch, index))
-            parts.append(_residual(loss))
-            sizes.append(loss.num_samples)
-            curvatures.add(_curvature(loss))
-            dtype = loss.outputs.dtype
-    if len({len(part) for part in parts}) > 1 or len(curvatures) > 1:
-        raise MeasurementError(
-            "The batches differ in outputs per sample, or a summed loss is taken of batches of different sizes; pass "
-            "one batch, or a loss with reduction='mean'."
-        )
-    return _Start(finite(torch.cat(parts, dim=1)), sizes, curvatures.pop(), dtype)
-
-
-def _residual(loss: OutputLoss) -> Tensor:
-    """(C, N') float64: -N' dL/df of one batch."""
-    try:
-        gradient = _output_gradient(loss, torch.float64)
-    except RuntimeError:  # the loss holds tensors of its own, in the network's precision
-        gradient = _output_gradient(loss, loss.outputs.dtype)
-    return -loss.num_samples * gradient.double().reshape(loss.num_samples, -1).T
-
-
-def _output_gradient(loss: OutputLoss, dtype: torch.dtype) -> Tensor:
-    with torch.enable_grad():
-        outputs = loss.outputs.detach().to(dtype).requires_grad_(True)
-        (gradient,) = torch.autograd.grad(loss.in_dtype(dtype).value(outputs), outputs)
-    return gradient
-
-
-def _curvature(loss: OutputLoss) -> float:
-    """h: 2 N / (number of entries) for ``mse_loss``; 1 for the others, which are taken as 1/2 |r|^2."""
-    if loss.function is not F.mse_loss or loss.options.get("weight") is not None:
-        return 1.0
-    entries = loss.outputs.numel() if loss.options.get("reduction", "mean") == "mean" else 1
-    return 2.0 * loss.num_samples / entries
-
-
-def _exact(measured: Measured, parameters: Sequence[nn.Parameter], start: _Start) -> dict[str, Any]:
-    """All eigenpairs of the Gram matrix; its rows are (output, sample), like the residual's entries."""
+def _exact(measured: Measured, parameters: Sequence[nn.Parameter], start: Start) -> dict[str, Any]:
+    """All eigenpairs of the Gram matrix; its rows are (column, sample), like the residual's entries."""
     excluded: set[nn.Module] = set()
     while True:
         with measured.open() as closure:
             batches: list[GramRows] = []
-            for index, batch in enumerate(measured.batches):
+            for index, (batch, columns) in enumerate(zip(measured.batches, start.columns, strict=True)):
                 with LayerTaps(measured.module) as taps:
                     loss = require_outputs(closure(batch, index))
-                batches.append(collect_rows(loss.outputs, _unit_columns(loss.outputs), taps, parameters, excluded))
+                batches.append(collect_rows(loss.outputs, columns, taps, parameters, excluded))
             if not (torn := disagreements(batches)):
                 gram = assemble(batches)
                 break
         excluded |= torn
-    values, vectors = torch.linalg.eigh(finite(gram.matrix) / gram.num_samples)
+    values, vectors = torch.linalg.eigh(finite(gram.matrix) * start.scale)
     coefficients = vectors.T @ start.residual.to(vectors.device).flatten()
     return {
-        "nodes": start.curvature * values.clamp_min(0.0).cpu(),
+        "nodes": values.clamp_min(0.0).cpu(),
         "masses": coefficients.square().cpu(),
         "num_products": gram.num_backward,
     }
 
 
-def _unit_columns(outputs: Tensor) -> Tensor:
-    """(C, N, ...) unit vectors in output space, float64."""
-    size = outputs[0].numel()
-    units = torch.eye(size, dtype=torch.float64, device=outputs.device)[:, None, :]
-    return units.expand(size, len(outputs), size).reshape(size, *outputs.shape).clone()
-
-
-def _by_lanczos(
-    measured: Measured, parameters: Sequence[nn.Parameter], start: _Start, num_steps: int
-) -> dict[str, Any]:
+def _by_lanczos(measured: Measured, parameters: Sequence[nn.Parameter], start: Start, num_steps: int) -> dict[str, Any]:
     """A Gauss quadrature of the residual's spectral measure."""
     with measured.open() as closure:
         outputs = [require_outputs(closure(batch, index)).outputs for index, batch in enumerate(measured.batches)]
-        operator = NtkOperator(outputs, parameters)
-        vector = start.residual.to(operator.device, operator.dtype).flatten()
-        run = lanczos(operator.matvec, vector, num_steps)
+        ntk = NtkOperator(outputs, parameters)
+        matvec = ntk.matvec if start.kernel == "ntk" else WeightedOperator(ntk, start.columns).matvec
+        run = lanczos(matvec, start.residual.to(ntk.device, ntk.dtype).flatten(), num_steps)
     nodes, vectors = run.ritz()
     masses = torch.from_numpy(vectors[0] ** 2) * float(start.residual.square().sum())
     return {
@@ -230,8 +174,10 @@ def _by_lanczos(
     }
 
 
-def _check_arguments(learning_rate: float, num_steps: int, method: str, lanczos_steps: int | None) -> None:
+def _check_arguments(learning_rate: float, num_steps: int, kernel: str, method: str, lanczos_steps: int | None) -> None:
     check_method(method)
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel={kernel!r}, expected one of {KERNELS}.")
     if not 0 < learning_rate < float("inf"):
         raise ValueError(f"learning_rate={learning_rate}, expected a positive number.")
     if num_steps < 1:
@@ -240,10 +186,10 @@ def _check_arguments(learning_rate: float, num_steps: int, method: str, lanczos_
         raise ValueError(f"lanczos_steps={lanczos_steps}, expected at least 1; num_steps + 1 has no quadrature error.")
 
 
-def _check_stable(learning_rate: float, top: float) -> None:
+def _check_stable(learning_rate: float, top: float, kernel: str) -> None:
     if learning_rate * top >= 2:
         raise MeasurementError(
-            f"learning_rate={learning_rate:g} times the largest NTK eigenvalue {top:.4g} is {learning_rate * top:.3g}; "
-            f"from 2 on gradient descent on the linearised network diverges. Pass learning_rate < {2 / top:.3g}, and "
-            "more steps: below that, little but learning_rate * num_steps matters."
+            f"learning_rate={learning_rate:g} times the largest {kernel.upper()} eigenvalue {top:.4g} is "
+            f"{learning_rate * top:.3g}; from 2 on gradient descent on the linearised network diverges. Pass "
+            f"learning_rate < {2 / top:.3g}, and more steps: below that, little but learning_rate * num_steps matters."
         )

@@ -22,7 +22,9 @@ class LinearizedPrediction:
     """L_T = 1/(2 h N) sum_i (1 - eta h lambda_i)^{2T} c_i^2, and what follows from it.
 
     (lambda_i, u_i) are the eigenpairs of the NTK J J^T / N, c_i = u_i . r_0 with r_0 = -N dL/df the residual of the
-    loss at the start, eta the learning rate and h the second derivative of the loss in its outputs, times N.
+    loss at the start, eta the learning rate and h the second derivative of the loss in its outputs, times N. With
+    ``kernel="ggn"`` they are those of S^T J J^T S, S r_0 = -sqrt(N) dL/df and h is 1, so that L_T is 1/2 |r_T|^2 of the
+    quadratic model; see ``linearized_trainability``.
 
     Attributes:
         nodes: (K,) float64, h lambda_i, ascending; by Lanczos the nodes of a Gauss quadrature that stand for them.
@@ -30,7 +32,7 @@ class LinearizedPrediction:
         learning_rate: eta.
         num_steps: T, the budget of steps that was asked for.
         num_samples: N.
-        num_rows: N C, the number of eigenvalues.
+        num_rows: N C, the number of eigenvalues; for ``"ggn"`` N R with R columns of S, C - 1 for a softmax.
         curvature: h, 1 except for ``mse_loss`` (2 / C for the mean over N C entries).
         exact_steps: up to this many steps the prediction has no quadrature error; ``inf`` for a whole spectrum.
         resolution: the nodes are known to within this, because of floating-point rounding.
@@ -38,6 +40,8 @@ class LinearizedPrediction:
         num_products: products with the NTK, or backward passes for the Gram matrix.
         seconds: wall time spent.
         settings: dtype, mode and the like.
+        kernel: ``"ntk"`` or ``"ggn"``.
+        offset: with ``"ggn"``, what has to be added to L_T to give the quadratic model of the loss; else 0.
 
     Example:
         >>> import torch
@@ -63,6 +67,8 @@ class LinearizedPrediction:
     num_products: int = 0
     seconds: float = 0.0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    kernel: str = "ntk"
+    offset: float = 0.0
 
     @property
     def initial_loss(self) -> float:

@@ -6,9 +6,12 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import hypothesis.strategies as st
+import lightning as L
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -19,7 +22,18 @@ from lightning_plasticity.curvature import (
     ggn_spectrum,
     kronecker_spectrum,
 )
-from lightning_plasticity.linalg import numerical_rank
+from lightning_plasticity.curvature.kronecker_hooks import hook_factors
+from lightning_plasticity.linalg import (
+    effective_rank,
+    effective_rank_of,
+    feature_rank,
+    numerical_rank,
+    participation_ratio,
+    participation_ratio_of,
+    singular_values,
+    stable_rank,
+    stable_rank_of,
+)
 
 Vectors = Callable[[str], dict[str, np.ndarray]]
 
@@ -176,6 +190,55 @@ def test_input_factor_is_that_of_the_features() -> None:
     assert int((found.layers["2"].input_eigenvalues > 0).sum()) == int(numerical_rank(features)) == 2
 
 
+def capture_features(net: nn.Sequential, x: Tensor) -> Tensor:
+    """(N, D) what the last layer reads."""
+    captured: list[Tensor] = []
+    handle = net[-1].register_forward_hook(lambda module, inputs, output: captured.append(inputs[0].detach()))
+    net(x)
+    handle.remove()
+    return captured[0]
+
+
+@st.composite
+def collapsing_layers(draw: st.DrawFn) -> tuple[nn.Sequential, Tensor]:
+    """Features with dead units and copies, read by a layer with or without a bias, and a few samples."""
+    torch.manual_seed(draw(st.integers(0, 10**6)))
+    width, num_samples = draw(st.integers(1, 7)), draw(st.integers(1, 12))
+    net = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3, bias=draw(st.booleans())))
+    with torch.no_grad():
+        for unit in range(draw(st.integers(0, width))):  # copies of the last unit
+            net[0].weight[unit], net[0].bias[unit] = net[0].weight[-1], net[0].bias[-1]
+        for unit in range(draw(st.integers(0, width))):
+            net[0].bias[unit] = -1e4  # dead
+    return net, torch.randn(num_samples, 4)
+
+
+@given(collapsing_layers(), st.sampled_from([torch.float64, torch.float32]))
+def test_rank_of_the_features_is_the_rank_of_the_input_factor(
+    drawn: tuple[nn.Sequential, Tensor], dtype: torch.dtype
+) -> None:
+    net, x = drawn[0].to(dtype), drawn[1].to(dtype)
+    y = torch.arange(len(x)) % 3
+    block = kronecker_spectrum(net, nn.CrossEntropyLoss(), (x, y), backend="hooks").layers["2"]
+    plain = capture_features(net, x)
+    # The bias enters as one more feature that is 1 on every sample: at most one more rank.
+    features = plain if net[2].bias is None else torch.cat([plain, torch.ones(len(x), 1, dtype=dtype)], dim=1)
+    a = block.input_eigenvalues
+    assert block.input_rank == int(numerical_rank(features))
+    assert 0 <= block.input_rank - int(numerical_rank(plain)) <= int(net[2].bias is not None)
+    squared = singular_values(features) ** 2 / len(x)
+    top = float(squared[0])
+    torch.testing.assert_close(a.flip(0)[: len(squared)], squared, rtol=1e-5, atol=1e-9 * top)
+    for eps in (1e-3, 0.1, 0.9):  # a_i is compared with eps squared; the column of ones alone is at 1
+        assert int((a > eps**2).sum()) == int(feature_rank(features, eps))
+    if top:
+        assert float(stable_rank_of(a.sqrt())) == pytest.approx(float(stable_rank(features)), rel=1e-5)
+        assert float(participation_ratio_of(a)) == pytest.approx(float(participation_ratio(features)), rel=1e-5)
+    # The effective rank of A is that of the squared singular values; squaring sharpens, so it is the smaller one.
+    assert float(effective_rank_of(a)) == pytest.approx(float(effective_rank_of(squared)), rel=1e-5)
+    assert float(effective_rank_of(a)) <= float(effective_rank(features)) * (1 + 1e-5)
+
+
 # One backend against the other
 
 
@@ -201,6 +264,100 @@ def test_batches_add_up() -> None:
         assert found.num_samples == 20
 
 
+WEIGHTS = torch.tensor([1.0, 6.0, 0.2], dtype=torch.float64)
+UNEVEN = {
+    "class weights": nn.CrossEntropyLoss(weight=WEIGHTS),
+    "ignored targets": nn.CrossEntropyLoss(ignore_index=1),
+    "smoothed and weighted": nn.CrossEntropyLoss(weight=WEIGHTS, label_smoothing=0.2),
+    "a sum": nn.CrossEntropyLoss(reduction="sum"),
+    "a weighted sum": nn.CrossEntropyLoss(weight=WEIGHTS, reduction="sum"),
+    "squared": nn.MSELoss(),
+    "squared, summed": nn.MSELoss(reduction="sum"),
+    "binary": nn.BCEWithLogitsLoss(pos_weight=torch.tensor(5.0, dtype=torch.float64)),
+    "huber": nn.HuberLoss(delta=2.0),
+    "of one's own": lambda outputs, targets: ((outputs - targets) ** 4).mean(),
+}
+
+
+@pytest.mark.parametrize("name", list(UNEVEN))
+def test_uneven_batches_are_the_joined_data(name: str) -> None:
+    # Sorted by label, so that the batches differ in classes and thus in what the loss divides by.
+    net, (x, y) = networks()["mlp"], points()
+    y = y.sort().values
+    targets = y if isinstance(UNEVEN[name], nn.CrossEntropyLoss) else F.one_hot(y, 3).double()
+    whole = kronecker_spectrum(net, UNEVEN[name], (x, targets))
+    cuts = [(x[a:b], targets[a:b]) for a, b in ((0, 3), (3, 4), (4, 11), (11, 20))]
+    cuts = [(a, b) for a, b in cuts if name != "ignored targets" or bool((b != 1).any())]
+    if name == "ignored targets":  # a batch without any target has no loss; the whole must be of the same samples
+        whole = kronecker_spectrum(net, UNEVEN[name], tuple(torch.cat(part) for part in zip(*cuts, strict=True)))
+    found = kronecker_spectrum(net, UNEVEN[name], cuts)
+    same_factors(found, whole)
+    assert found.num_samples == whole.num_samples
+    # The scale is that of the loss on all samples: at the last layer of this network A and B are nearly independent.
+    exact = ggn_spectrum(net, UNEVEN[name], cuts, params="4.*")
+    assert found.layers["4"].trace().value == pytest.approx(exact.trace().value, rel=0.3)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("backend", ["auto", "hooks"])
+def test_linear_model_in_uneven_batches_is_exact(reduction: str, backend: Any) -> None:
+    x, _ = points(30)
+    net, targets, loss = nn.Linear(6, 2).double(), torch.randn(30, 2).double(), nn.MSELoss(reduction=reduction)
+    found = kronecker_spectrum(net, loss, [(x[:1], targets[:1]), (x[1:], targets[1:])], backend=backend)
+    same_spectrum(found.spectrum(), ggn_spectrum(net, loss, (x, targets)))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(weight=WEIGHTS),
+        nn.CrossEntropyLoss(weight=WEIGHTS, reduction="sum", label_smoothing=0.1),
+        nn.CrossEntropyLoss(weight=WEIGHTS, label_smoothing=0.1),
+    ],
+)
+def test_one_weighted_sample_is_exact(loss: nn.Module) -> None:
+    net, (x, _) = networks()["mlp"], points(1)
+    found = kronecker_spectrum(net, loss, (x, torch.tensor([1])))
+    for block in found.layers.values():
+        exact = ggn_spectrum(net, loss, (x, torch.tensor([1])), params=block.parameters)
+        same_spectrum(Spectrum.from_eigenvalues(block.eigenvalues(), block.num_params), exact)
+
+
+def test_two_samples_without_a_loss_do_not_stop_the_measurement() -> None:
+    # BackPACK is tried on the first two samples; here their mean cross-entropy is 0 / 0.
+    net, (x, y) = networks()["mlp"], points()
+    y[:2] = -100
+    found = kronecker_spectrum(net, nn.CrossEntropyLoss(), (x, y))
+    assert "could not be compared" in found.settings["backpack_refused"]
+    same_factors(found, kronecker_spectrum(net, nn.CrossEntropyLoss(), (x, y), backend="hooks"))
+
+
+def test_what_the_hooks_leave_out_is_not_left_to_backpack(monkeypatch: pytest.MonkeyPatch) -> None:
+    import lightning_plasticity.curvature.kronecker as module
+
+    def without_the_last(measured: Any, layers: Any) -> Any:
+        sums = hook_factors(measured, layers)
+        sums.skipped["4"] = "its parameters are used in another way too."
+        del sums.inputs["4"]
+        return sums
+
+    monkeypatch.setattr(module, "hook_factors", without_the_last)
+    found = kronecker_spectrum(networks()["mlp"], nn.CrossEntropyLoss(), points())
+    assert "factors of 4, which our hooks leave out" in found.settings["backpack_refused"]
+    assert list(found.layers) == ["0", "2"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["auto", "hooks"])
+def test_half_precision(dtype: torch.dtype, backend: Any) -> None:
+    net, (x, y) = networks()["mlp"], points()
+    rounded = copy.deepcopy(net).to(dtype)
+    truth = kronecker_spectrum(copy.deepcopy(rounded).double(), nn.CrossEntropyLoss(), (x.to(dtype).double(), y))
+    found = kronecker_spectrum(rounded, nn.CrossEntropyLoss(), (x.to(dtype), y), backend=backend)
+    assert found.skipped == {}
+    same_factors(found, truth, tolerance=0.03)  # eps is 0.008 for bfloat16, through three layers
+
+
 def test_float32() -> None:
     net, data = networks()["residual"], images()
     truth = kronecker_spectrum(net, nn.CrossEntropyLoss(), data)
@@ -223,6 +380,26 @@ def test_sampled_labels_come_to_the_exact_factor() -> None:
     again = kronecker_spectrum(net, nn.CrossEntropyLoss(), data, factors="kfac")
     assert again.trace() == kronecker_spectrum(net, nn.CrossEntropyLoss(), data, factors="kfac").trace()
     assert again.trace() != kronecker_spectrum(net, nn.CrossEntropyLoss(), data, factors="kfac", seed=1).trace()
+
+
+def test_batches_do_not_share_their_sampled_labels() -> None:
+    # 300 batches of the same one sample: with the same labels in all of them the average would be that of one draw.
+    net, (x, y) = networks()["mlp"], points(1)
+    exact = kronecker_spectrum(net, nn.CrossEntropyLoss(), (x, y))
+    sampled = kronecker_spectrum(net, nn.CrossEntropyLoss(), [(x, y)] * 300, factors="kfac")
+    for name in exact.layers:  # a relative deviation of about 1 / sqrt(300) = 6 %
+        assert sampled.layers[name].trace().value == pytest.approx(exact.layers[name].trace().value, rel=0.25)
+
+
+def test_kfra_averages_over_all_batches() -> None:
+    net, (x, y) = networks()["mlp"], points()
+    whole = kronecker_spectrum(net, F.cross_entropy, (x, y), factors="kfra")
+    parts = [(x[:3], y[:3]), (x[3:], y[3:])]
+    same_factors(kronecker_spectrum(net, F.cross_entropy, parts, factors="kfra"), whole)
+    sizes = [(images()[0], y[:12]), (images()[0][..., 1:], y[:12])]
+    conv = nn.Sequential(nn.Conv2d(2, 3, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    with pytest.raises(MeasurementError, match="do not fit in one"):
+        kronecker_spectrum(conv, F.cross_entropy, sizes, factors="kfra")
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "mse_loss"])
@@ -378,6 +555,24 @@ def test_a_training_step_is_enough() -> None:
     plain = kronecker_spectrum(module.net, nn.CrossEntropyLoss(), points(), backend="hooks")
     assert list(found.layers) == ["net.0", "net.2", "net.4"]
     assert found.trace().value == pytest.approx(plain.trace().value, rel=1e-12)
+
+
+def test_a_lightning_module_with_weights_in_its_loss() -> None:
+    class Weighted(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.loss = networks()["mlp"], nn.CrossEntropyLoss(weight=WEIGHTS)
+
+        def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> dict[str, Tensor]:
+            loss = self.loss(self.net(batch[0]), batch[1])
+            self.log("loss", loss)
+            return {"loss": loss}
+
+    module, (x, y) = Weighted(), points()
+    found = kronecker_spectrum(module, None, [(x[:5], y[:5]), (x[5:], y[5:])])
+    plain = kronecker_spectrum(module.net, module.loss, (x, y))
+    for name, block in plain.layers.items():
+        torch.testing.assert_close(found.layers[f"net.{name}"].output_factor, block.output_factor)
 
 
 # Selection, degenerate cases, refusals
