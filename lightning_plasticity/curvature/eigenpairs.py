@@ -16,9 +16,8 @@ from lightning_plasticity.curvature.arpack import ORDERS, ArpackIteration, Pairs
 from lightning_plasticity.curvature.closure import LossFunction
 from lightning_plasticity.curvature.functions import as_batches
 from lightning_plasticity.curvature.hessian import HessianOperator
-from lightning_plasticity.curvature.hessian_measure import _evaluate_all
+from lightning_plasticity.curvature.hessian_problem import opened
 from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite
-from lightning_plasticity.curvature.output_loss import batch_shares
 from lightning_plasticity.nn import Mode
 
 DENSE_LIMIT = 200  # live coordinates up to which the whole matrix costs no more products than the iteration
@@ -111,12 +110,8 @@ def hessian_eigenpairs(
     measured = Measured(model, as_batches(data, model), loss_fn, params, mode, seed)
     parameters = measured.parameters()
     names = {parameter: name for name, parameter in model.named_parameters()}
-    with measured.open() as closure:
-        evaluations = _evaluate_all(measured, closure)
-        sizes = [evaluation.num_samples for evaluation in evaluations]
-        shares = batch_shares([evaluation.output_loss for evaluation in evaluations], sizes)
-        operator = HessianOperator([evaluation.loss for evaluation in evaluations], shares, parameters)
-        live = operator.live_coordinates(torch.Generator().manual_seed(seed))
+    with opened(measured, parameters, torch.Generator().manual_seed(seed), in_range=False) as problem:
+        operator, live, num_samples = problem.operator, problem.live, problem.num_samples
         found, scale, method = _live_pairs(operator, live, k, which, tol, max_products, seed)
         vectors = _with_dead(found, live.cpu().numpy(), k, which).to(operator.device, operator.dtype)
         values, residuals = _measured(operator, vectors)
@@ -129,7 +124,7 @@ def hessian_eigenpairs(
         residuals[order] <= max(tol, 10 * RESOLUTION.get(operator.dtype, 1e-2)) * scale,
         operator.num_products,
         {names[parameter]: parameter.shape for parameter in parameters},
-        sum(sizes),
+        num_samples,
         time.perf_counter() - started,
         {
             "dtype": dtype_name(operator.dtype),

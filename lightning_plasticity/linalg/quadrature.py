@@ -31,6 +31,8 @@ TAIL = 0.0125
 SIMPLE = 1e-5  # a mass less likely than this for one eigenvector belongs to a multiple eigenvalue
 ROUNDING_MASS = 1e-9  # a mass this close to 0 or 1 is taken to be 0 or 1
 ZERO_MASS = 1e-14  # an upper bound this small is rounding: nothing lies there
+NEW_COPY = 1e-6  # a node with less than this share of one eigenvalue's mass is a copy on its way to the others
+LOST_MASS = 0.1  # masses of a run without reorthogonalisation are right to this share of ``merge``
 REMOTE = 1e8  # a last diagonal entry this many times the others: the solver would lose the other nodes in its rounding
 
 
@@ -58,7 +60,10 @@ class LanczosQuadrature:
     def _decomposition(self) -> tuple[Array, Array, Array]:
         nodes, vectors = eigh_tridiagonal(self.alpha, self.beta[:-1])
         masses, residuals = vectors[0] ** 2, self.beta[-1] * np.abs(vectors[-1])
-        return _merged(nodes, masses, residuals, self.merge) if self.merge else (nodes, masses, residuals)
+        if not self.merge:
+            return nodes, masses, residuals
+        real = masses * self.dim > NEW_COPY
+        return _merged(nodes[real], masses[real], residuals[real], self.merge)
 
     @property
     def nodes(self) -> Array:
@@ -245,7 +250,8 @@ class LanczosQuadrature:
         if rest_mass <= ROUNDING_MASS:
             return float(num_outside), float(num_outside + rest_dim)
         mass_outside = float(self.masses[outside].sum())
-        low, high = (low - mass_outside) / rest_mass, (high - mass_outside) / rest_mass
+        slack = LOST_MASS * self.merge
+        low, high = (low - mass_outside - slack) / rest_mass, (high - mass_outside + slack) / rest_mass
         return float(num_outside + _fewest(low, rest_dim)), float(num_outside + _most(high, rest_dim))
 
 
@@ -253,7 +259,8 @@ def _merged(nodes: Array, masses: Array, residuals: Array, merge: float) -> tupl
     """Copies taken together: their masses added, the node and residual those of the copy that converged first."""
     starts = np.append(0, 1 + np.flatnonzero(np.diff(nodes) > merge * np.abs(nodes).max()))
     best = [start + int(np.argmin(part)) for start, part in zip(starts, np.split(residuals, starts[1:]), strict=True)]
-    return nodes[best], np.add.reduceat(masses, starts), residuals[best]
+    # Eigenvalues that are this close to one another cannot be told apart, so only those further apart may converge.
+    return nodes[best], np.add.reduceat(masses, starts), np.maximum(residuals[best], merge * np.abs(nodes).max())
 
 
 def _fewest(mass: float, dim: int) -> int:
