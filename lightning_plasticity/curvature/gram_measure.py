@@ -26,7 +26,7 @@ def measure_gram(measured: Measured, matrix: Literal["ggn", "ntk"], *, max_rows:
     """The GGN's or the NTK's exact spectrum; arguments as in ``ggn_spectrum``."""
     started = time.perf_counter()
     parameters = measured.parameters()
-    excluded: set[nn.Module] = set()
+    excluded: set[nn.Parameter] = set()
     while True:
         with measured.open() as closure:
             rows = _gram_rows(measured, closure, matrix, parameters, max_rows, excluded)
@@ -34,7 +34,8 @@ def measure_gram(measured: Measured, matrix: Literal["ggn", "ntk"], *, max_rows:
                 gram = assemble(rows.batches)
                 break
         excluded |= torn
-    values = torch.linalg.eigvalsh(finite(gram.matrix)) / (gram.num_samples if matrix == "ntk" else 1)
+    finite(gram.matrix.diagonal())  # of a Gram matrix: a row that is not finite shows there
+    values = torch.linalg.eigvalsh(gram.matrix) / (gram.num_samples if matrix == "ntk" else 1)
     num_params = sum(parameter.numel() for parameter in parameters)
     values = values.clamp_min(0.0)[-num_params:]
     top = float(values.max()) if len(values) else 0.0
@@ -65,7 +66,7 @@ def _gram_rows(
     matrix: Literal["ggn", "ntk"],
     parameters: Sequence[nn.Parameter],
     max_rows: int | None,
-    excluded: set[nn.Module],
+    excluded: set[nn.Parameter],
 ) -> _Rows:
     """Rows of the first samples that fit, those of the GGN scaled so that batches add up to the loss on all of them."""
     batches: list[GramRows] = []

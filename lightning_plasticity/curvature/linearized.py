@@ -182,7 +182,7 @@ def _curvature(loss: OutputLoss) -> float:
 
 def _exact(measured: Measured, parameters: Sequence[nn.Parameter], start: _Start) -> dict[str, Any]:
     """All eigenpairs of the Gram matrix; its rows are (output, sample), like the residual's entries."""
-    excluded: set[nn.Module] = set()
+    excluded: set[nn.Parameter] = set()
     while True:
         with measured.open() as closure:
             batches: list[GramRows] = []
