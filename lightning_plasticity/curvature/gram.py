@@ -59,7 +59,7 @@ class GramRows:
 
 @dataclass(frozen=True)
 class Gram:
-    """The (M, M) float64 Gram matrix, M = R N, and how it was made."""
+    """The (M, M) Gram matrix, M = R N, and how it was made."""
 
     matrix: Tensor
     num_samples: int
@@ -93,12 +93,17 @@ def collect_rows(
     return GramRows(columns.shape[1], columns, shares, rest, outputs if rest else None, num_backward=len(columns) + 1)
 
 
-def assemble(batches: Sequence[GramRows], only: Collection[nn.Parameter] | None = None) -> Gram:
+def assemble(
+    batches: Sequence[GramRows],
+    only: Collection[nn.Parameter] | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Gram:
     """Sum the shares of all parameters over batches that took the same routes (no ``disagreements``).
 
     Args:
         batches: rows of all batches.
         only: the parameters to sum over, for a diagonal block of the curvature matrix; None for all.
+        dtype: of the sum.
 
     Raises:
         MeasurementError: when the parameters without a shortcut have too many explicit rows.
@@ -106,7 +111,7 @@ def assemble(batches: Sequence[GramRows], only: Collection[nn.Parameter] | None 
     num_samples = sum(batch.num_samples for batch in batches)
     num_columns = max(len(batch.columns) for batch in batches)  # sequences of several lengths differ in R
     shape = (num_columns, num_samples, num_columns, num_samples)
-    gram = torch.zeros(shape, dtype=torch.float64, device=batches[0].columns.device)
+    gram = torch.zeros(shape, dtype=dtype, device=batches[0].columns.device)
     for key in batches[0].shares:
         share = [batch.shares[key] for batch in batches]
         if only is not None:

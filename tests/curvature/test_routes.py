@@ -122,7 +122,7 @@ def test_output_gradients_are_kept_of_the_samples_in_use_only(monkeypatch):
     kept = []
     found = gram._output_gradients
     monkeypatch.setattr(gram, "_output_gradients", lambda *arguments: kept.extend(found(*arguments)) or list(kept))
-    assert ggn_spectrum(net, cross_entropy, data, max_rows=6).num_samples == 3
+    assert ggn_spectrum(net, cross_entropy, data, method="exact", max_rows=6).num_samples == 3
     assert [(gradient.shape[:2], gradient.untyped_storage().nbytes()) for gradient in kept] == [
         ((2, 3), 2 * 3 * 5 * 8),
         ((2, 3), 2 * 3 * 3 * 8),
@@ -134,16 +134,18 @@ def test_max_rows_is_a_bound(function):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 30)).double()
     data = torch.randn(8, 4, dtype=torch.float64), torch.randn(8, 30, dtype=torch.float64)
-    assert function(net, nn.MSELoss(), data, max_rows=30).settings["rows"] == 30
+    assert function(net, nn.MSELoss(), data, method="exact", max_rows=30).settings["rows"] == 30
     with pytest.raises(MeasurementError, match=r"One sample has 30 Gram rows.*max_rows=29\. Pass max_rows=30 or more"):
-        function(net, nn.MSELoss(), data, max_rows=29)
+        function(net, nn.MSELoss(), data, method="exact", max_rows=29)
 
 
 def test_max_rows_is_a_bound_when_later_samples_have_more_rows():
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3), Apply(lambda x: x.mT)).double()
     batches = [(torch.randn(3, length, 4, dtype=torch.float64), torch.randint(3, (3, length))) for length in (2, 4, 4)]
-    spectrum = ggn_spectrum(net, cross_entropy, batches, max_rows=40)
+    spectrum = ggn_spectrum(net, cross_entropy, batches, method="exact", max_rows=40)
     assert (spectrum.num_samples, spectrum.settings["rows"]) == (5, 40)
-    few = ggn_spectrum(net, cross_entropy, batches, max_rows=16)  # the first batch; the second has no room
+    few = ggn_spectrum(
+        net, cross_entropy, batches, method="exact", max_rows=16
+    )  # the first batch; the second has no room
     assert (few.num_samples, few.settings["rows"]) == (3, 12)
