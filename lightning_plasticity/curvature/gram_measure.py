@@ -6,7 +6,8 @@ Exact through the Gram matrix of gradient rows, here; estimates are in ``gram_la
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,7 +33,8 @@ def measure_gram(measured: Measured, matrix: Matrix, *, max_rows: int | None = N
     """The exact spectrum, of the first samples whose rows fit ``max_rows``; arguments as in ``ggn_spectrum``."""
     started = time.perf_counter()
     parameters = measured.parameters()
-    rows, (gram,) = gram_blocks(measured, matrix, parameters, [parameters], max_rows=max_rows)
+    with collected_rows(measured, matrix, parameters, max_rows=max_rows) as rows:
+        gram = assemble(rows.batches)
     return exact_spectrum(measured, matrix, rows, gram, parameters, started)
 
 
@@ -45,25 +47,18 @@ class Rows:
     note: str
 
 
-def gram_blocks(
-    measured: Measured,
-    matrix: Matrix,
-    parameters: Sequence[nn.Parameter],
-    blocks: Sequence[Collection[nn.Parameter]],
-    *,
-    max_rows: int | None = None,
-) -> tuple[Rows, list[Gram]]:
-    """The Gram matrices of blocks of the parameters, from one set of backward passes over all of them."""
+@contextmanager
+def collected_rows(
+    measured: Measured, matrix: Matrix, parameters: Sequence[nn.Parameter], *, max_rows: int | None = None
+) -> Iterator[Rows]:
+    """Rows that took the same routes in all batches, while their graphs and the measured weights are there."""
     excluded: set[nn.Parameter] = set()
     while True:
         with measured.open() as closure:
             rows = gram_rows(measured, closure, matrix, parameters, max_rows, excluded)
             if not (torn := disagreements(rows.batches)):
-                whole = [len(block) == len(parameters) for block in blocks]
-                return rows, [
-                    assemble(rows.batches, None if all_of_them else set(block))
-                    for block, all_of_them in zip(blocks, whole, strict=True)
-                ]
+                yield rows
+                return
         excluded |= torn
 
 

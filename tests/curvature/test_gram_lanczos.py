@@ -74,18 +74,21 @@ def large(num_classes, seed=0):
 
 
 def check_intervals(spectrum, truth):
-    """95 % intervals hold; each of a dozen may fail once in twenty, none does for these seeds."""
+    """Of seven 95 % (and, the trace's, 99 %) intervals one may miss; two miss in about one spectrum of twenty-five."""
     assert spectrum.num_params == len(truth)
     assert float(spectrum.counts.sum()) == pytest.approx(len(truth))
-    top = float(truth.max())
+    top, trace = float(truth.max()), float(truth.sum())
     assert spectrum.lambda_max().lower <= top * (1 + 1e-9)
     assert spectrum.lambda_max().upper >= top * (1 - 1e-9)
+    found = [(trace, spectrum.trace())]
     for eps in (1e-8, 1e-4, 1e-3, 1e-2, 0.1, 0.5):
-        found, count = spectrum.epsilon_rank(eps, relative=True), int((truth > eps * top).sum())
-        assert found.lower <= count <= found.upper, (eps, found, count)
-    trace = spectrum.trace()
-    assert trace.lower <= float(truth.sum()) * (1 + 1e-9)
-    assert trace.upper >= float(truth.sum()) * (1 - 1e-9)
+        found.append((int((truth > eps * top).sum()), spectrum.epsilon_rank(eps, relative=True)))
+    misses = [
+        (value, interval)
+        for value, interval in found
+        if not interval.lower * (1 - 1e-9) <= value <= interval.upper * (1 + 1e-9)
+    ]
+    assert len(misses) <= 1, misses
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -141,7 +144,7 @@ def test_thousand_classes_on_all_samples():
     # The trace without any of this: the mean over samples of sum_c p_c |J_c - mean_p J|^2, for the last layer in closed
     # form, h the features: (1 - |p|^2) (|h|^2 + 1).
     head = ggn_spectrum(net, nn.CrossEntropyLoss(), data, params="2.*", method="lanczos", num_steps=30)
-    features, p = torch.tanh(net[0](data[0])).double(), torch.softmax(net(data[0]).double(), 1)
+    features, p = torch.tanh(net[0](data[0])).double().detach(), torch.softmax(net(data[0]).double(), 1).detach()
     trace = float(((1 - p.square().sum(1)) * (features.square().sum(1) + 1)).mean())
     assert head.trace().lower <= trace <= head.trace().upper
     assert head.trace().value == pytest.approx(trace, rel=0.1)
