@@ -27,10 +27,14 @@ def shared():
     return Shared().double(), data
 
 
-@pytest.mark.parametrize(
-    ("matrix", "dense"), [("ggn", dense_ggn), ("ntk", lambda net, _, *rest: dense_ntk(net, *rest))]
-)
-def test_blocks_of_ggn_and_ntk(matrix, dense):
+def dense_block(matrix, net, batches, parameters):
+    if matrix == "ggn":
+        return dense_ggn(net, cross_entropy, batches, parameters)
+    return dense_ntk(net, batches, parameters)
+
+
+@pytest.mark.parametrize("matrix", ["ggn", "ntk"])
+def test_blocks_of_ggn_and_ntk(matrix):
     net, batches = shared()
     spectra = layer_spectra(net, cross_entropy, batches, matrix=matrix)
     layers = {
