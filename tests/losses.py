@@ -46,6 +46,7 @@ LOSSES = {
     "positions": (loss_of(F.cross_entropy), POSITIONS, True),
     "positions, weights": (loss_of(F.cross_entropy, weight=WEIGHTS), POSITIONS, True),
     "positions, sum": (loss_of(F.cross_entropy, reduction="sum", label_smoothing=0.1), POSITIONS, True),
+    "all ignored, sum": (loss_of(F.cross_entropy, reduction="sum", ignore_index=1), torch.ones_like(LABELS), False),
     "none, then mean": (lambda o, t: F.cross_entropy(o, t, reduction="none").mean(), LABELS, False),
     "none, then sum": (lambda o, t: F.cross_entropy(o, t, reduction="none").sum(), LABELS, False),
     "weights, none, then mean": (
@@ -80,6 +81,9 @@ LOSSES = {
     "huber": (loss_of(F.huber_loss, delta=0.7), REAL, False),
     "smooth l1": (loss_of(F.smooth_l1_loss), REAL, False),
     "poisson": (loss_of(F.poisson_nll_loss), SHARES, False),
+    "gaussian": (lambda o, t: F.gaussian_nll_loss(o, t, torch.full_like(o, 0.3)), REAL, False),
+    "pseudo-huber": (lambda o, t: (1 + (o - t) ** 2).sqrt().mean(), REAL, False),
+    "couples outputs": (lambda o, t: (o.sum(1) - t.sum(1)).square().mean() + o[:, 0].exp().mean(), REAL, False),
     "by hand": (lambda o, t: torch.logsumexp(o, 1).mean() - (o * t).sum(1).mean(), PROBABILITIES, False),
 }
 

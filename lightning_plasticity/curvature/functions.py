@@ -92,7 +92,7 @@ def ggn_spectrum(
             32 samples or all of them fit, else Lanczos. The settings of the result say why, and by which route.
         max_rows: bound on the size of the Gram matrix to decompose, N (C - 1) for cross-entropy; None for no bound. It
             takes about (rows / 1500)^3 / 5 seconds.
-        num_steps: Lanczos steps, as in ``hessian_spectrum``.
+        num_steps: Lanczos steps, as in ``hessian_spectrum``. Equal eigenvalues may look like one to a single probe.
         mode: as in ``hessian_spectrum``.
         seed: as in ``hessian_spectrum``.
 
