@@ -77,7 +77,12 @@ def exact_spectrum(
     values = values.clamp_min(0.0)[-num_params:]
     top = float(values.max()) if len(values) else 0.0
     dtype = coarsest([rows.dtype, *(parameter.dtype for parameter in parameters)])
-    settings: dict[str, Any] = {"dtype": dtype_name(dtype), "mode": measured.mode, "rows": len(gram.matrix)}
+    settings: dict[str, Any] = {
+        "dtype": dtype_name(dtype),
+        "mode": measured.mode,
+        "rows": len(gram.matrix),
+        "route": "eigenvalues of the Gram matrix",
+    }
     if gram.general:
         settings["general_route"] = parameter_names(measured.module, gram.general)
     if rows.note:
