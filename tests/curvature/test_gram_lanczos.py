@@ -162,7 +162,8 @@ def test_auto_chooses_and_says_why():
         spectrum = ggn_spectrum(net, cross_entropy, (inputs, targets), max_rows=max_rows)
         assert (spectrum.num_samples, spectrum.method) == (num_samples, method)
         assert spectrum.settings["reason"] == reason
-        assert spectrum.settings["route"] == ("eigenvalues of the Gram matrix" if method == "gram" else ROUTES["gram"])
+        route = "eigenvalues of the Gram matrix" if method == "gram" else ROUTES["parameters"]  # 64 for 150 rows
+        assert spectrum.settings["route"] == route
     few = ggn_spectrum(net, cross_entropy, (inputs[:3], targets[:3]), max_rows=9)
     assert few.settings["reason"] == "exact: the rows of all 3 samples fit max_rows=9"
     first = dense_ggn(net, cross_entropy, [(inputs[:33], targets[:33])])
