@@ -127,18 +127,15 @@ def _add_tied(gram: Tensor, dense: Factors, lookup: Factors) -> None:
     """
     g, x = dense.gradients[0], dense.inputs[0].transpose(1, 2)  # (R, N, V, L), (N, L, D)
     h, tokens = lookup.gradients[0], lookup.inputs[0, :, 0]  # (R, N, D, T), (N, T)
-    num_columns, num_samples, size, _ = h.shape
-    chunk = max(1, ROW_CHUNK // max(1, x.shape[1] * tokens.numel()))  # samples of the head at a time
-    for s in range(num_columns):
-        flat_h = h[s].transpose(1, 2).reshape(-1, size)  # (N T, D)
-        for start in range(0, num_samples, chunk):
-            part = slice(start, start + chunk)
-            inner = x[part] @ flat_h.T  # (n, L, N T)
-            for r in range(num_columns):
-                picked = g[r, part][:, tokens.flatten()]  # (n, N T, L)
-                product = torch.einsum("nql,nlq->nq", picked, inner)
-                block = product.view(-1, num_samples, tokens.shape[1]).sum(2, dtype=gram.dtype)  # head n, table m
-                if r <= s:
-                    gram[r, part, s] += block
-                if s <= r:
-                    gram[s, :, r, part] += block.T
+    num_columns, num_samples = h.shape[:2]
+    chunk = max(1, ROW_CHUNK // max(1, num_columns * x.shape[1] * tokens.numel()))  # samples of the head at a time
+    for start in range(0, num_samples, chunk):
+        part = slice(start, start + chunk)
+        picked = g[:, part][:, :, tokens.flatten()]  # (R, n, N T, L)
+        for s in range(num_columns):
+            inner = torch.einsum("nld,mdt->nmtl", x[part], h[s]).flatten(1, 2)  # (n, N T, L)
+            product = torch.einsum("rnql,nql->rnq", picked, inner)
+            block = product.view(num_columns, -1, num_samples, tokens.shape[1]).sum(3, dtype=gram.dtype)
+            # Of rows (r, n) of the head with (s, m) of the table, and the other way round.
+            gram[: s + 1, part, s] += block[: s + 1]
+            gram[s, :, s:, part] += block[s:].permute(2, 0, 1)
