@@ -10,6 +10,7 @@ from lightning_plasticity.curvature.hessian_measure import measure_hessian
 from lightning_plasticity.curvature.kronecker import kronecker_spectrum
 from lightning_plasticity.curvature.kronecker_block import KroneckerBlock
 from lightning_plasticity.curvature.kronecker_result import KroneckerError, KroneckerSpectrum
+from lightning_plasticity.curvature.layer_spectra import layer_spectra
 from lightning_plasticity.curvature.linearized import linearized_trainability
 from lightning_plasticity.curvature.linearized_result import LinearizedPrediction
 from lightning_plasticity.curvature.measured import Measured
@@ -33,6 +34,7 @@ __all__ = [
     "hessian_eigenpairs",
     "hessian_spectrum",
     "kronecker_spectrum",
+    "layer_spectra",
     "linearized_trainability",
     "measure_gram",
     "measure_hessian",

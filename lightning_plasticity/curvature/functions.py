@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,12 @@ from torch.utils.data import Dataset
 from lightning_plasticity.curvature.budget import Budget
 from lightning_plasticity.curvature.closure import LossFunction
 from lightning_plasticity.curvature.errors import MeasurementError
-from lightning_plasticity.curvature.gram_measure import measure_gram
+from lightning_plasticity.curvature.gram_lanczos import GramMethod, gram_spectrum
 from lightning_plasticity.curvature.hessian_measure import LANCZOS_STEPS, Method, measure_hessian
 from lightning_plasticity.curvature.measured import Measured
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.nn import Mode
 from lightning_plasticity.nn.batches import map_tensors
-
-GRAM_METHODS = ("auto", "exact")
 
 
 def hessian_spectrum(
@@ -80,26 +78,33 @@ def ggn_spectrum(
     data: Any,
     *,
     params: str | Sequence[str] | None = None,
-    method: Literal["auto", "exact"] = "auto",
+    method: GramMethod = "auto",
     max_rows: int | None = 5000,
+    num_steps: int = LANCZOS_STEPS,
     mode: Mode = "frozen",
     seed: int = 0,
 ) -> Spectrum:
-    """Exact spectrum of the generalised Gauss-Newton matrix (Schraudolph 2002), through its Gram matrix.
+    """Spectrum of the generalised Gauss-Newton matrix (Schraudolph 2002), through its Gram matrix.
+
+    With a root S of the loss's curvature in the outputs the nonzero eigenvalues of J^T S S^T J are those of the Gram
+    matrix S^T J J^T S, with a row for each sample and output that counts. It is decomposed, or given to Lanczos.
 
     Args:
         model: any module; it is left exactly as it was.
         loss_fn: as in ``hessian_spectrum``; must be convex in the outputs.
         data: as in ``hessian_spectrum``.
         params: as in ``hessian_spectrum``.
-        method: there is one, the Gram matrix, which is exact; both names mean it.
-        max_rows: bound on the Gram matrix's size, N (C - 1) for cross-entropy; only the first samples that fit are used
-            (``num_samples`` of the result says how many). Its decomposition takes about (rows / 1500)^3 / 2 seconds.
+        method: ``"exact"`` decomposes the Gram matrix of the first samples that fit ``max_rows`` (``num_samples`` of
+            the result says how many); ``"lanczos"`` estimates, with intervals, on all samples; ``"auto"`` is exact when
+            32 samples or all of them fit, else Lanczos. The settings of the result say why, and by which route.
+        max_rows: bound on the size of the Gram matrix to decompose, N (C - 1) for cross-entropy; None for no bound. It
+            takes about (rows / 1500)^3 / 5 seconds.
+        num_steps: Lanczos steps, as in ``hessian_spectrum``. Equal eigenvalues may look like one to a single probe.
         mode: as in ``hessian_spectrum``.
         seed: as in ``hessian_spectrum``.
 
     Returns:
-        The spectrum over all P chosen coordinates; at most ``max_rows`` eigenvalues are not zero.
+        The spectrum over all P chosen coordinates; at most as many eigenvalues as there are rows are not zero.
 
     Raises:
         MeasurementError: when outputs and loss cannot be told apart, or the loss is not convex in the outputs.
@@ -111,9 +116,8 @@ def ggn_spectrum(
         >>> ggn_spectrum(net, torch.nn.CrossEntropyLoss(), data).epsilon_rank(1e-6).value  # (4 + 1) * (3 - 1)
         10.0
     """
-    _check_gram_method(method)
     measured = Measured(model, as_batches(data, model), loss_fn, params, mode, seed)
-    return measure_gram(measured, "ggn", max_rows=max_rows)
+    return gram_spectrum(measured, "ggn", method=method, max_rows=max_rows, num_steps=num_steps)
 
 
 def ntk_spectrum(
@@ -122,19 +126,19 @@ def ntk_spectrum(
     data: Any,
     *,
     params: str | Sequence[str] | None = None,
-    method: Literal["auto", "exact"] = "auto",
+    method: GramMethod = "auto",
     max_rows: int | None = 5000,
+    num_steps: int = LANCZOS_STEPS,
     mode: Mode = "frozen",
     seed: int = 0,
 ) -> Spectrum:
-    """Exact spectrum of the empirical neural tangent kernel J J^T / N (Jacot et al. 2018, arXiv 1806.07572).
+    """Spectrum of the empirical neural tangent kernel J J^T / N (Jacot et al. 2018, arXiv 1806.07572).
 
     Arguments as in ``ggn_spectrum``; the loss only serves to find the outputs. Reported over the P coordinates, like
     the other spectra, so that counts compare.
     """
-    _check_gram_method(method)
     measured = Measured(model, as_batches(data, model), loss_fn, params, mode, seed)
-    return measure_gram(measured, "ntk", max_rows=max_rows)
+    return gram_spectrum(measured, "ntk", method=method, max_rows=max_rows, num_steps=num_steps)
 
 
 def as_batches(data: Any, model: nn.Module) -> list[Any]:
@@ -168,8 +172,3 @@ def _is_one_pair(data: Any) -> bool:
     return isinstance(inputs, Tensor | dict) or (
         isinstance(inputs, tuple | list) and all(isinstance(part, Tensor) for part in inputs)
     )
-
-
-def _check_gram_method(method: str) -> None:
-    if method not in GRAM_METHODS:
-        raise ValueError(f"method={method!r}, expected one of {GRAM_METHODS}.")

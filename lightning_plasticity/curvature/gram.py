@@ -1,9 +1,10 @@
-"""The exact nonzero spectrum of the GGN and the NTK, through the Gram matrix of per-sample gradient rows.
+"""The Gram matrix of per-sample gradient rows, whose eigenvalues are the nonzero ones of the GGN or the NTK.
 
 With S S^T = H_out the nonzero eigenvalues of G = J^T S S^T J are those of K = S^T J J^T S, an (R N) x (R N) matrix; the
-other coordinates are exactly zero. K is a sum over parameters: layers that have a shortcut add their share from inputs
-and output gradients, any other parameter from explicit rows. Each shortcut is checked against autograd on every
-measurement; a layer that fails (weights used elsewhere too, samples that mix) goes the general way.
+other coordinates are exactly zero. K is a sum over parameters: those that layers with a shortcut own add their share
+from inputs and output gradients (over all calls of all layers that share them), any other parameter from explicit rows.
+Each share is checked against autograd on every measurement; a parameter whose share fails (it is used elsewhere too,
+samples mix) goes the general way.
 """
 
 from __future__ import annotations
@@ -16,21 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.curvature.errors import MeasurementError
-from lightning_plasticity.curvature.layers import (
-    Factors,
-    LayerCall,
-    LayerTaps,
-    add_gram,
-    add_rows,
-    concatenate,
-    contract,
-    factors,
-)
+from lightning_plasticity.curvature.factors import Key, Share, concatenate, contract, restricted, shares_by_parameter
+from lightning_plasticity.curvature.layers import LayerCall, LayerTaps
+from lightning_plasticity.curvature.shares import add_rows, add_share, mirror
 
 VMAP_ROWS = 32  # gradient rows that one vectorised backward pass computes
 MAX_ROW_BYTES = 2**31  # explicit gradient rows held at once; more coordinates take more backward passes
 MAX_PASSES = 32  # times that the backward passes are repeated for that; beyond, the measurement is refused
 CHECK_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
+ROUNDING = 16.0  # a gradient may be off by this many times the rounding of its largest possible sum
 
 
 @dataclass
@@ -40,7 +35,7 @@ class GramRows:
     Attributes:
         num_samples: N.
         columns: (R, N, ...) directions in output space.
-        layers: factors of the layers that took their shortcut.
+        shares: factors of the parameters that took a shortcut.
         general: the other parameters, whose explicit rows ``assemble`` computes.
         outputs: (N', ...) outputs with their graph, from which it does; None when there are no others.
         num_backward: backward passes spent.
@@ -48,7 +43,7 @@ class GramRows:
 
     num_samples: int
     columns: Tensor
-    layers: dict[nn.Module, Factors]
+    shares: dict[Key, Share]
     general: list[nn.Parameter]
     outputs: Tensor | None
     num_backward: int
@@ -56,13 +51,15 @@ class GramRows:
     def scale(self, factor: float) -> None:
         """Multiply all rows."""
         self.columns = self.columns * factor
-        for layer in self.layers.values():
-            layer.gradients.mul_(factor)
+        # A weight and a bias without the same calls can hold the same gradients: each tensor is scaled once.
+        gradients = {id(part.gradients): part.gradients for share in self.shares.values() for part in share}
+        for gradient in gradients.values():
+            gradient.mul_(factor)
 
 
 @dataclass(frozen=True)
 class Gram:
-    """The (M, M) float64 Gram matrix, M = R N, and how it was made."""
+    """The (M, M) Gram matrix, M = R N, and how it was made."""
 
     matrix: Tensor
     num_samples: int
@@ -75,7 +72,7 @@ def collect_rows(
     columns: Tensor,
     taps: LayerTaps,
     parameters: Sequence[nn.Parameter],
-    excluded: Collection[nn.Module] = (),
+    excluded: Collection[nn.Parameter] = (),
 ) -> GramRows:
     """Gradient rows of one batch; ``assemble`` them before the module's weights are touched.
 
@@ -84,66 +81,71 @@ def collect_rows(
         columns: (R, N, ...) directions in output space, one row of the Gram matrix for each of the R N.
         taps: the layer calls of the forward pass that made the outputs.
         parameters: the parameters that count.
-        excluded: layers that must not take their shortcut.
+        excluded: those of them that must not take a shortcut.
     """
-    trainable: set[Tensor] = set(parameters)
-    calls = [call for call in _usable(taps, trainable, outputs.shape[0]) if call.module not in excluded]
-    if not len(columns):  # a loss without curvature, such as a softmax over one class
-        calls = []
+    trainable: set[Tensor] = {parameter for parameter in parameters if parameter not in excluded}
+    # Without columns the loss has no curvature, such as a softmax over one class.
+    calls = _usable(taps, trainable, outputs.shape[0]) if len(columns) else []
     gradients = _output_gradients(outputs, columns, calls)
-    layers = {call.module: factors(call, gradient, trainable) for call, gradient in zip(calls, gradients, strict=True)}
-    covered = _verified(outputs, columns, layers)
-    layers = {module: layer for module, layer in layers.items() if module in covered}
-    done = {p for layer in layers.values() for p in (layer.weight, layer.bias) if p is not None}
+    shares = _verified(outputs, columns, shares_by_parameter(calls, gradients, trainable))
+    done = {parameter for key in shares for parameter in key}
     rest = [parameter for parameter in parameters if parameter not in done]
-    return GramRows(columns.shape[1], columns, layers, rest, outputs if rest else None, num_backward=len(columns) + 1)
+    return GramRows(columns.shape[1], columns, shares, rest, outputs if rest else None, num_backward=len(columns) + 1)
 
 
-def assemble(batches: Sequence[GramRows]) -> Gram:
+def assemble(
+    batches: Sequence[GramRows],
+    only: Collection[nn.Parameter] | None = None,
+    dtype: torch.dtype = torch.float64,
+) -> Gram:
     """Sum the shares of all parameters over batches that took the same routes (no ``disagreements``).
+
+    Args:
+        batches: rows of all batches.
+        only: the parameters to sum over, for a diagonal block of the curvature matrix; None for all.
+        dtype: of the sum.
 
     Raises:
         MeasurementError: when the parameters without a shortcut have too many explicit rows.
     """
-    fast, general = list(batches[0].layers), batches[0].general
     num_samples = sum(batch.num_samples for batch in batches)
     num_columns = max(len(batch.columns) for batch in batches)  # sequences of several lengths differ in R
     shape = (num_columns, num_samples, num_columns, num_samples)
-    gram = torch.zeros(shape, dtype=torch.float64, device=batches[0].columns.device)
-    for module in fast:
-        add_gram(gram, concatenate([batch.layers[module] for batch in batches]))
+    gram = torch.zeros(shape, dtype=dtype, device=batches[0].columns.device)
+    for key in batches[0].shares:
+        share = [batch.shares[key] for batch in batches]
+        if only is not None:
+            share = [restricted(part, set(only)) for part in share]
+        if share[0]:
+            add_share(gram, concatenate(share))
+    general = [parameter for parameter in batches[0].general if only is None or parameter in only]
     size = num_columns * num_samples
     for block in _blocks(general, size):
         add_rows(gram, _explicit_rows(batches, block, num_columns))
+    mirror(gram)
     return Gram(gram.view(size, size), num_samples, sum(batch.num_backward for batch in batches), general)
 
 
-def disagreements(batches: Sequence[GramRows]) -> set[nn.Module]:
-    """Layers that took their shortcut in some batches only."""
-    taken = [set(batch.layers) for batch in batches]
-    every, common = set(taken[0]), set(taken[0])
-    for layers in taken:
-        every, common = every | layers, common & layers
-    return every - common
+def disagreements(batches: Sequence[GramRows]) -> set[nn.Parameter]:
+    """Parameters that took their shortcut in some batches only, or not in the same way."""
+    taken = [{(key, tuple(part.kind for part in share)) for key, share in batch.shares.items()} for batch in batches]
+    torn = {route for routes in taken for route in routes if any(route not in others for others in taken)}
+    return {parameter for key, _ in torn for parameter in key}
 
 
 def _usable(taps: LayerTaps, trainable: set[Tensor], batch_size: int) -> list[LayerCall]:
-    """Calls of layers that ran once on the whole batch, and whose parameters no other layer owns."""
-    owners: dict[Tensor, int] = {}
-    for module in taps.calls:
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners[parameter] = owners.get(parameter, 0) + 1
+    """Calls on the whole batch of layers that own a parameter which counts."""
     usable = []
     for module, calls in taps.calls.items():
-        own = [parameter for parameter in module._parameters.values() if parameter is not None]
-        first = calls[0]
-        shared = any(owners[parameter] > 1 for parameter in own)
-        wanted = any(parameter in trainable for parameter in own)
-        whole = first.output.ndim >= 2 and first.output.shape[0] == first.input.shape[0] == batch_size
-        if len(calls) == 1 and not shared and wanted and whole and first.output.requires_grad:
-            usable.append(first)
+        if any(parameter in trainable for parameter in module._parameters.values() if parameter is not None):
+            usable += [call for call in calls if _is_whole(call, batch_size)]
     return usable
+
+
+def _is_whole(call: LayerCall, batch_size: int) -> bool:
+    """Whether a call has the samples first; its share is verified all the same."""
+    whole = call.output.ndim >= 2 and call.output.shape[0] == call.input.shape[0] == batch_size
+    return whole and call.output.requires_grad
 
 
 def _output_gradients(outputs: Tensor, columns: Tensor, calls: Sequence[LayerCall]) -> list[Tensor]:
@@ -169,31 +171,36 @@ def _padded(column: Tensor, outputs: Tensor) -> Tensor:
     return torch.cat([column, column.new_zeros(missing, *column.shape[1:])]) if missing else column
 
 
-def _verified(outputs: Tensor, columns: Tensor, layers: dict[nn.Module, Factors]) -> set[nn.Module]:
-    """Layers whose rows, mixed with random signs over samples, give the gradient that autograd gives."""
-    if not layers:
-        return set()
+def _verified(outputs: Tensor, columns: Tensor, shares: dict[Key, Share]) -> dict[Key, Share]:
+    """Shares whose rows, mixed with random signs over samples, give the gradient that autograd gives."""
+    if not shares:
+        return {}
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(columns.shape[:2], generator=generator, dtype=torch.float64).to(outputs.device, outputs.dtype)
     shape = (*mix.shape, *[1] * (columns.ndim - 2))
     direction = (columns.to(outputs.dtype) * mix.reshape(shape)).sum(0)
-    pairs = [(module, contract(layer, mix)) for module, layer in layers.items()]
-    parameters = [parameter for _, found in pairs for parameter, _ in found]
+    parameters = [parameter for key in shares for parameter in key]
     expected = torch.autograd.grad(
         outputs, parameters, _padded(direction, outputs), retain_graph=True, allow_unused=True
     )
     truth = dict(zip(parameters, expected, strict=True))
-    good = set()
-    for module, found in pairs:
-        if all(_agrees(value, truth[parameter]) for parameter, value in found):
-            good.add(module)
-    return good
+    return {key: share for key, share in shares.items() if _agrees(share, mix, [truth[p] for p in key])}
 
 
-def _agrees(value: Tensor, truth: Tensor | None) -> bool:
-    tolerance = CHECK_TOLERANCE.get(value.dtype, 1e-3)
-    truth = torch.zeros_like(value) if truth is None else truth
-    return bool((value - truth).norm() <= tolerance * truth.norm() + torch.finfo(value.dtype).tiny)
+def _agrees(share: Share, mix: Tensor, truth: Sequence[Tensor | None]) -> bool:
+    """Whether the factors give the true gradients up to rounding of their terms (a bias before a norm sums to zero)."""
+    found = contract(share, mix)
+    eps = torch.finfo(found[0].dtype).eps
+    tolerance = CHECK_TOLERANCE.get(found[0].dtype, 1e-3)
+    known = [torch.zeros_like(value) if true is None else true for value, true in zip(found, truth, strict=True)]
+    errors = [float((value - true).norm()) for value, true in zip(found, known, strict=True)]
+    if all(error <= tolerance * float(true.norm()) for error, true in zip(errors, known, strict=True)):
+        return True
+    terms = contract(tuple(part.absolute() for part in share), mix.abs())
+    slack = [ROUNDING * eps * float(value.norm()) + torch.finfo(value.dtype).tiny for value in terms]
+    return all(
+        error <= tolerance * float(true.norm()) + extra for error, true, extra in zip(errors, known, slack, strict=True)
+    )
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,13 @@
-"""Measure the GGN's or the NTK's exact spectrum of anything that a ``LossClosure`` can evaluate, undisturbed."""
+"""Measure the GGN's or the NTK's spectrum of anything that a ``LossClosure`` can evaluate, undisturbed.
+
+Exact through the Gram matrix of gradient rows, here; estimates are in ``gram_lanczos``.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,29 +20,73 @@ from lightning_plasticity.curvature.gram import Gram, GramRows, assemble, collec
 from lightning_plasticity.curvature.layers import LayerTaps
 from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite, require_outputs
 from lightning_plasticity.curvature.output_loss import OutputLoss, batch_shares
+from lightning_plasticity.curvature.output_root import DiagonalRoot, OutputRoot
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.nn.batches import clone_batch
 
 MAX_ROWS = 1500  # rows of the Gram matrix that a default measurement allows: half a second to decompose
 
+Matrix = Literal["ggn", "ntk"]
 
-def measure_gram(measured: Measured, matrix: Literal["ggn", "ntk"], *, max_rows: int | None = None) -> Spectrum:
-    """The GGN's or the NTK's exact spectrum; arguments as in ``ggn_spectrum``."""
+
+def measure_gram(measured: Measured, matrix: Matrix, *, max_rows: int | None = None) -> Spectrum:
+    """The exact spectrum, of the first samples whose rows fit ``max_rows``; arguments as in ``ggn_spectrum``."""
     started = time.perf_counter()
     parameters = measured.parameters()
-    excluded: set[nn.Module] = set()
+    with collected_rows(measured, matrix, parameters, max_rows=max_rows) as rows:
+        gram = assemble(rows.batches)
+    return exact_spectrum(measured, matrix, rows, gram, parameters, started)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Gradient rows of the samples in use, batch by batch, and the dtype they were computed in."""
+
+    batches: list[GramRows]
+    dtype: torch.dtype
+    note: str
+
+
+@contextmanager
+def collected_rows(
+    measured: Measured, matrix: Matrix, parameters: Sequence[nn.Parameter], *, max_rows: int | None = None
+) -> Iterator[Rows]:
+    """Rows that took the same routes in all batches, while their graphs and the measured weights are there."""
+    excluded: set[nn.Parameter] = set()
     while True:
         with measured.open() as closure:
-            rows = _gram_rows(measured, closure, matrix, parameters, max_rows, excluded)
+            rows = gram_rows(measured, closure, matrix, parameters, max_rows, excluded)
             if not (torn := disagreements(rows.batches)):
-                gram = assemble(rows.batches)
-                break
+                yield rows
+                return
         excluded |= torn
-    values = torch.linalg.eigvalsh(finite(gram.matrix)) / (gram.num_samples if matrix == "ntk" else 1)
+
+
+def exact_spectrum(
+    measured: Measured,
+    matrix: Matrix,
+    rows: Rows,
+    gram: Gram,
+    parameters: Collection[nn.Parameter],
+    started: float,
+) -> Spectrum:
+    """The eigenvalues of a Gram matrix, as those of the curvature matrix of its parameters."""
+    finite(gram.matrix.diagonal())  # of a Gram matrix: a row that is not finite shows there
+    values = torch.linalg.eigvalsh(gram.matrix) / (gram.num_samples if matrix == "ntk" else 1)
     num_params = sum(parameter.numel() for parameter in parameters)
     values = values.clamp_min(0.0)[-num_params:]
     top = float(values.max()) if len(values) else 0.0
-    dtype = max((rows.dtype, *(parameter.dtype for parameter in parameters)), key=lambda dtype: torch.finfo(dtype).eps)
+    dtype = coarsest([rows.dtype, *(parameter.dtype for parameter in parameters)])
+    settings: dict[str, Any] = {
+        "dtype": dtype_name(dtype),
+        "mode": measured.mode,
+        "rows": len(gram.matrix),
+        "route": "eigenvalues of the Gram matrix",
+    }
+    if gram.general:
+        settings["general_route"] = parameter_names(measured.module, gram.general)
+    if rows.note:
+        settings["note"] = rows.note
     return Spectrum.from_eigenvalues(
         values,
         num_params,
@@ -48,25 +96,18 @@ def measure_gram(measured: Measured, matrix: Literal["ggn", "ntk"], *, max_rows:
         num_products=gram.num_backward,
         seconds=time.perf_counter() - started,
         resolution=RESOLUTION.get(dtype, 1e-2) * top,
-        settings=_gram_settings(gram, measured, dtype, rows.note),
+        settings=settings,
     )
 
 
-@dataclass(frozen=True)
-class _Rows:
-    batches: list[GramRows]
-    dtype: torch.dtype
-    note: str
-
-
-def _gram_rows(
+def gram_rows(
     measured: Measured,
     closure: LossClosure,
-    matrix: Literal["ggn", "ntk"],
+    matrix: Matrix,
     parameters: Sequence[nn.Parameter],
     max_rows: int | None,
-    excluded: set[nn.Module],
-) -> _Rows:
+    excluded: Collection[nn.Parameter] = (),
+) -> Rows:
     """Rows of the first samples that fit, those of the GGN scaled so that batches add up to the loss on all of them."""
     batches: list[GramRows] = []
     losses: list[OutputLoss] = []
@@ -76,12 +117,12 @@ def _gram_rows(
         with LayerTaps(measured.module) as taps:
             evaluation = closure(clone_batch(batch), index)  # a step may change its batch, and this may run twice
         loss, note = require_outputs(evaluation), evaluation.note
-        rows_each = max(rows_each, _columns_per_sample(loss, matrix))
+        rows_each = max(rows_each, columns_per_sample(loss, matrix))
         take = _affordable_samples(max_rows, rows_each, used, loss.num_samples)
         if take == 0:
             break
         losses.append(loss.first(take))
-        columns = _columns(losses[-1], matrix)
+        columns = output_root(losses[-1], matrix).columns()
         batches.append(collect_rows(loss.outputs, columns, taps, parameters, excluded))
         used, dtype = used + take, loss.outputs.dtype
         if max_rows is not None and (used + 1) * rows_each > max_rows:
@@ -90,20 +131,10 @@ def _gram_rows(
         shares = batch_shares(losses, [batch.num_samples for batch in batches])
         for rows, share in zip(batches, shares, strict=True):
             rows.scale(share**0.5)
-    return _Rows(batches, dtype, note)
+    return Rows(batches, dtype, note)
 
 
-def _gram_settings(gram: Gram, measured: Measured, dtype: torch.dtype, note: str) -> dict[str, Any]:
-    settings: dict[str, Any] = {"dtype": dtype_name(dtype), "mode": measured.mode, "rows": len(gram.matrix)}
-    if gram.general:
-        names = {parameter: name for name, parameter in measured.module.named_parameters()}
-        settings["general_route"] = [names[parameter] for parameter in gram.general]
-    if note:
-        settings["note"] = note
-    return settings
-
-
-def _columns_per_sample(loss: OutputLoss, matrix: str) -> int:
+def columns_per_sample(loss: OutputLoss, matrix: Matrix) -> int:
     """How many Gram rows one sample costs, at most."""
     size = loss.outputs[0].numel()
     if matrix == "ggn" and loss.name in ("cross_entropy", "nll_loss") and loss.outputs.ndim >= 2:
@@ -111,13 +142,23 @@ def _columns_per_sample(loss: OutputLoss, matrix: str) -> int:
     return size
 
 
-def _columns(loss: OutputLoss, matrix: str) -> Tensor:
-    """(R, N, ...) output directions: of the GGN scaled by the loss's curvature, of the NTK the unit vectors."""
+def output_root(loss: OutputLoss, matrix: Matrix) -> OutputRoot:
+    """Of the GGN a root of the loss's curvature, of the NTK the identity."""
     if matrix == "ggn":
-        return loss.hessian_factor()
-    size = loss.outputs[0].numel()
-    units = torch.eye(size, dtype=torch.float64, device=loss.outputs.device)[:, None, :]
-    return units.expand(size, loss.num_samples, size).reshape(size, *loss.outputs.shape).clone()
+        return loss.hessian_root()
+    ones = torch.ones(loss.outputs.shape, dtype=torch.float64, device=loss.outputs.device)
+    return DiagonalRoot(loss.outputs.shape, ones)
+
+
+def coarsest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The least precise of some dtypes."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def parameter_names(module: nn.Module, parameters: Collection[Tensor]) -> list[str]:
+    """Names of some of a module's parameters."""
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    return [names[parameter] for parameter in parameters]  # type: ignore[index]
 
 
 def _affordable_samples(max_rows: int | None, rows_each: int, used: int, offered: int) -> int:

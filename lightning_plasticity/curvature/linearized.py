@@ -135,7 +135,7 @@ def linearized_trainability(
 
 def _exact(measured: Measured, parameters: Sequence[nn.Parameter], start: Start) -> dict[str, Any]:
     """All eigenpairs of the Gram matrix; its rows are (column, sample), like the residual's entries."""
-    excluded: set[nn.Module] = set()
+    excluded: set[nn.Parameter] = set()
     while True:
         with measured.open() as closure:
             batches: list[GramRows] = []

@@ -16,7 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_plasticity.curvature.errors import MeasurementError
+from lightning_plasticity.curvature.output_root import DenseRoot, DiagonalRoot, OutputRoot, SoftmaxRoot
 from lightning_plasticity.nn.batches import map_tensors
+
+MAX_BLOCK_BYTES = 2**32  # second derivatives of a loss whose root is not known
 
 
 @dataclass(frozen=True)
@@ -69,12 +72,20 @@ class OutputLoss:
         """(R, N, ...) columns S_r, each shaped like the outputs, with sum_r S_r S_r^T the Hessian, sample by sample.
 
         Raises:
+            MeasurementError: as ``hessian_root``.
+        """
+        return self.hessian_root().columns()
+
+    def hessian_root(self) -> OutputRoot:
+        """A root of the Hessian in the outputs, as an operator.
+
+        Raises:
             MeasurementError: when the loss is not convex in the outputs, or mixes samples.
         """
         with torch.no_grad():
             closed = CLOSED_FORMS.get(self.function)
-            factor = closed(self) if closed is not None else None
-        return _autograd_factor(self) if factor is None else factor
+            root = closed(self) if closed is not None else None
+        return _autograd_root(self) if root is None else root
 
     def value(self, outputs: Tensor) -> Tensor:
         """The loss at other outputs."""
@@ -102,26 +113,12 @@ def batch_shares(losses: Sequence[OutputLoss | None], sizes: Sequence[int]) -> l
     return [weight / sum(weights) for weight in weights]
 
 
-def _cross_entropy_factor(loss: OutputLoss) -> Tensor | None:
-    """Columns sqrt(omega) diag(sqrt p) Q, Q the first C-1 of the Householder matrix that maps sqrt(p) to -e_C."""
+def _cross_entropy_root(loss: OutputLoss) -> OutputRoot | None:
     outputs = loss.outputs
     _check_batched(loss)
-    num_classes = outputs.shape[1]
-    logits = outputs.reshape(outputs.shape[0], num_classes, -1).double()  # (N, C, T)
-    root = torch.softmax(logits, dim=1).sqrt()
-    u = root.clone()
-    u[:, -1] += 1.0
-    omega = _cross_entropy_weights(loss).reshape(outputs.shape[0], -1)  # (N, T)
-    num_positions = logits.shape[2]
-    shape = (num_positions, num_classes - 1, *logits.shape)
-    factor = torch.zeros(shape, dtype=torch.float64, device=outputs.device)
-    for t in range(num_positions):
-        # Q[c, j] = delta_cj - u_c u_j / (1 + sqrt p_C) for j < C; u has no cancellation since sqrt p >= 0.
-        q = -u[:, :, None, t] * u[:, None, :-1, t] / u[:, -1:, None, t]  # (N, C, C-1)
-        q += torch.eye(num_classes, num_classes - 1, dtype=q.dtype, device=q.device)
-        columns = root[:, :, None, t] * q * omega[:, None, None, t].sqrt()
-        factor[t, :, :, :, t] = columns.permute(2, 0, 1)
-    return factor.reshape(num_positions * (num_classes - 1), *outputs.shape)
+    logits = outputs.reshape(outputs.shape[0], outputs.shape[1], -1).double()  # (N, C, T)
+    weights = _cross_entropy_weights(loss).reshape(outputs.shape[0], -1).sqrt()
+    return SoftmaxRoot(outputs.shape, torch.softmax(logits, dim=1).sqrt(), weights)
 
 
 def _check_batched(loss: OutputLoss) -> None:
@@ -177,7 +174,7 @@ def _mse_normaliser(loss: OutputLoss) -> float:
     return _num_entries(loss) if weight is None else float(weight.sum())
 
 
-def _nll_factor(loss: OutputLoss) -> Tensor | None:
+def _nll_root(loss: OutputLoss) -> OutputRoot | None:
     """On normalised log-probabilities the negative log-likelihood is a cross-entropy, and has the same GGN."""
     _check_batched(loss)
     total = torch.logsumexp(loss.outputs.double(), dim=1)
@@ -186,18 +183,20 @@ def _nll_factor(loss: OutputLoss) -> Tensor | None:
             "nll_loss is called on values that are not log-probabilities (their exponentials do not sum to 1), so the "
             "loss has no curvature in them. Call cross_entropy on the logits, or define curvature_outputs(batch)."
         )
-    return _cross_entropy_factor(loss)
+    return _cross_entropy_root(loss)
 
 
-def _mse_factor(loss: OutputLoss) -> Tensor | None:
+def _mse_root(loss: OutputLoss) -> OutputRoot | None:
     outputs = loss.outputs
     if loss.options.get("weight") is not None or outputs.shape != loss.targets.shape:
         return None
     scale = 2.0 / (outputs.numel() if loss.options.get("reduction", "mean") == "mean" else 1)
-    return _diagonal_factor(outputs, torch.full(outputs.shape, scale, dtype=torch.float64, device=outputs.device))
+    return DiagonalRoot(
+        outputs.shape, torch.full(outputs.shape, scale**0.5, dtype=torch.float64, device=outputs.device)
+    )
 
 
-def _bce_factor(loss: OutputLoss) -> Tensor | None:
+def _bce_root(loss: OutputLoss) -> OutputRoot | None:
     outputs, options = loss.outputs, loss.options
     if outputs.shape != loss.targets.shape:
         return None
@@ -209,16 +208,10 @@ def _bce_factor(loss: OutputLoss) -> Tensor | None:
         curvature = curvature * options["weight"].double()
     if options.get("reduction", "mean") == "mean":
         curvature = curvature / outputs.numel()
-    return _diagonal_factor(outputs, curvature)
+    return DiagonalRoot(outputs.shape, curvature.sqrt())
 
 
-def _diagonal_factor(outputs: Tensor, curvature: Tensor) -> Tensor:
-    """(O, N, ...) one column for each of the O outputs of a sample, from second derivatives shaped like the outputs."""
-    flat = curvature.reshape(outputs.shape[0], -1).sqrt()
-    return torch.diag_embed(flat).permute(1, 0, 2).reshape(-1, *outputs.shape)
-
-
-def _autograd_factor(loss: OutputLoss) -> Tensor:
+def _autograd_root(loss: OutputLoss) -> OutputRoot:
     """Any other twice differentiable loss: its block of second derivatives per sample, by double backward."""
     try:
         blocks = _second_derivatives(loss, torch.float64)
@@ -234,11 +227,18 @@ def _autograd_factor(loss: OutputLoss) -> Tensor:
             "is not positive semidefinite and has no square root. Measure the Hessian only: quantities=('hessian',)."
         )
     columns: Tensor = vectors * values.clamp_min(0.0).sqrt()[:, None, :]  # (N, O, R)
-    return columns.permute(2, 0, 1).reshape(-1, *loss.outputs.shape)
+    return DenseRoot(loss.outputs.shape, columns.permute(2, 0, 1).reshape(-1, *loss.outputs.shape))
 
 
 def _second_derivatives(loss: OutputLoss, dtype: torch.dtype) -> Tensor:
     """(N, O, O) blocks of second derivatives, computed in ``dtype``."""
+    num_bytes = loss.num_samples * loss.outputs[0].numel() ** 2 * dtype.itemsize
+    if num_bytes > MAX_BLOCK_BYTES:
+        raise MeasurementError(
+            f"The second derivatives of {loss.name} in outputs of shape {tuple(loss.outputs.shape)} take "
+            f"{num_bytes / 2**30:.3g} GiB; the limit is {MAX_BLOCK_BYTES / 2**30:.3g} GiB. Pass fewer samples, or a "
+            "loss whose root is known: cross_entropy, mse_loss, binary_cross_entropy_with_logits."
+        )
     with torch.enable_grad():
         outputs = loss.outputs.detach().to(dtype).requires_grad_(True)
         (gradient,) = torch.autograd.grad(loss.in_dtype(dtype).value(outputs), outputs, create_graph=True)
@@ -279,11 +279,11 @@ def _check_separable(gradient: Tensor, outputs: Tensor, blocks: Tensor) -> None:
         )
 
 
-CLOSED_FORMS: dict[Callable[..., Any], Callable[[OutputLoss], Tensor | None]] = {
-    F.cross_entropy: _cross_entropy_factor,
-    F.nll_loss: _nll_factor,
-    F.mse_loss: _mse_factor,
-    F.binary_cross_entropy_with_logits: _bce_factor,
+CLOSED_FORMS: dict[Callable[..., Any], Callable[[OutputLoss], OutputRoot | None]] = {
+    F.cross_entropy: _cross_entropy_root,
+    F.nll_loss: _nll_root,
+    F.mse_loss: _mse_root,
+    F.binary_cross_entropy_with_logits: _bce_root,
 }
 # What each of these divides by when it takes a mean.
 NORMALISERS: dict[Callable[..., Any], Callable[[OutputLoss], float]] = {

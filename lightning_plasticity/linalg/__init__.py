@@ -4,6 +4,7 @@ from lightning_plasticity.linalg.effective_rank import effective_rank
 from lightning_plasticity.linalg.estimate import Estimate
 from lightning_plasticity.linalg.feature_matrix import as_feature_matrix
 from lightning_plasticity.linalg.functionals import effective_rank_of, participation_ratio_of, srank_of, stable_rank_of
+from lightning_plasticity.linalg.inertia import count_above
 from lightning_plasticity.linalg.lanczos import LanczosResult, Matvec, lanczos
 from lightning_plasticity.linalg.quadrature import LanczosQuadrature, stochastic_lanczos_quadrature
 from lightning_plasticity.linalg.rank_bounds import effective_rank_bounds, extreme_spectra, functional_bounds
@@ -25,6 +26,7 @@ __all__ = [
     "Matvec",
     "approximate_rank",
     "as_feature_matrix",
+    "count_above",
     "dead_units",
     "dormancy_scores",
     "dormant_units",

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from lightning_plasticity.curvature import ggn_spectrum, ntk_spectrum
+from lightning_plasticity.curvature import ggn_spectrum, ntk_spectrum, shares
 
 
 class Pooled(nn.Module):
@@ -58,6 +58,99 @@ class Twice(nn.Module):
 
     def forward(self, x):
         return self.head(torch.tanh(self.layer(torch.tanh(self.layer(x)))))
+
+
+class TwiceByKeyword(Twice):
+    """Only one of the two calls can be seen."""
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.layer(input=torch.tanh(self.layer(x)))))
+
+
+class Unrolled(nn.Module):
+    """A recurrent cell by hand: its layer is called once for each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(7, 3), nn.Linear(3, 3)
+
+    def forward(self, x):
+        state = x.new_zeros(len(x), 3)
+        for step in range(x.shape[1]):
+            state = torch.tanh(self.layer(torch.cat([x[:, step], state], 1)))
+        return self.head(state)
+
+
+class TwoLengths(nn.Module):
+    """One layer on six positions and on two."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        found = torch.tanh(self.layer(x))
+        weights = torch.linspace(1, 2, 6, dtype=x.dtype)[None, :, None]
+        return self.head(torch.tanh(self.layer((weights * found)[:, ::3])).mean(1))
+
+
+class TwoStrides(nn.Module):
+    """Two convolutions in groups that share their parameters and differ in stride and padding."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(4, 4, 3, padding=1, groups=2)
+        self.second, self.head = nn.Conv2d(4, 4, 3, stride=2, groups=2), nn.Linear(16, 3)
+        self.second.weight, self.second.bias = self.first.weight, self.first.bias
+
+    def forward(self, x):
+        return self.head(self.second(torch.tanh(self.first(x))).flatten(1))
+
+
+class Normed(nn.Module):
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.head = norm, nn.Linear(4, 3)
+        nn.init.normal_(norm.weight)
+
+    def forward(self, x):
+        return self.head(self.norm(torch.tanh(self.norm(x)) ** 2).mean(1))
+
+
+def NormTwice(make):  # noqa: N802
+    return lambda: Normed(make())
+
+
+class Autoencoder(nn.Module):
+    """A weight and its transpose."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder, self.head = nn.Linear(4, 2), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(F.linear(torch.tanh(self.encoder(x)), self.encoder.weight.T)))
+
+
+class SharedBias(nn.Module):
+    """One bias in two layers whose inputs differ in width."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        self.second.bias = self.first.bias
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+class BilinearOfItself(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Bilinear(4, 4, 3)
+
+    def forward(self, x):
+        return self.layer(x, torch.tanh(x))
 
 
 class ByKeyword(nn.Module):
@@ -172,9 +265,50 @@ NETWORKS = {
             "inner.attention.out_proj.bias",
         ),
     ),
-    "tied": (Tied, (4,), ("first.weight", "first.bias", "second.bias")),
+    "tied": (Tied, (4,), ()),
     "tied outside": (TiedOutside, (4,), ("first.weight", "first.bias", "second.bias")),
-    "twice": (Twice, (4,), ("layer.weight", "layer.bias")),
+    "twice": (Twice, (4,), ()),
+    "twice, one call by keyword": (TwiceByKeyword, (4,), ("layer.weight", "layer.bias")),
+    "unrolled": (Unrolled, (5, 4), ()),
+    "positions of two lengths": (TwoLengths, (6, 4), ()),
+    "conv at two strides": (TwoStrides, (4, 6, 6), ()),
+    "layer norm twice": (NormTwice(lambda: nn.LayerNorm(4)), (5, 4), ()),
+    "batch norm twice": (NormTwice(lambda: trained_statistics(nn.BatchNorm1d(5))), (5, 4), ()),
+    "autoencoder": (Autoencoder, (4,), ("encoder.weight", "encoder.bias")),
+    "tied, frozen bias": (lambda: frozen(Tied(), "second.bias"), (4,), ()),
+    "tied, frozen weight": (lambda: frozen(Tied(), "first.weight"), (4,), ()),
+    "bias of two shapes of layers": (SharedBias, (4,), ("first.bias",)),
+    "rms norm": (lambda: Pooled(nn.Sequential(nn.Linear(4, 5), nn.RMSNorm(5)), 5), (6, 4), ()),
+    "instance norm": (
+        image(conv(nn.Conv2d, 2, 3, 2), conv(nn.InstanceNorm2d, 3, affine=True), width=27),
+        (2, 4, 4),
+        (),
+    ),
+    "instance norm, running": (
+        image(
+            conv(nn.Conv2d, 2, 3, 2),
+            lambda: trained_statistics(nn.InstanceNorm2d(3, affine=True, track_running_stats=True)),
+            width=27,
+        ),
+        (2, 4, 4),
+        (),
+    ),
+    "transposed conv": (
+        image(conv(nn.ConvTranspose2d, 2, 3, 2, stride=2), nn.Tanh, width=108),
+        (2, 3, 3),
+        ("0.weight", "0.bias"),
+    ),
+    "bilinear": (BilinearOfItself, (4,), ("layer.weight", "layer.bias")),
+    "conv3d groups, dilated": (
+        image(conv(nn.Conv3d, 4, 2, 2, groups=2, dilation=(1, 2, 1), stride=(2, 1, 1)), width=8),
+        (4, 3, 4, 3),
+        (),
+    ),
+    "conv1d groups, dilated": (
+        image(conv(nn.Conv1d, 4, 6, 3, groups=2, dilation=2, stride=2), nn.Tanh, width=18),
+        (4, 9),
+        (),
+    ),
     "by keyword": (ByKeyword, (4,), ("layer.weight", "layer.bias")),
     "weight norm": (
         lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 5)), nn.Tanh(), nn.Linear(5, 3)),
@@ -236,11 +370,13 @@ def test_batches_and_the_first_samples(name):
     batches = [(inputs + index, targets) for index, (inputs, targets) in enumerate(batches)]
     assert_same_eigenvalues(ggn_spectrum(net, cross_entropy, batches), dense_ggn(net, cross_entropy, batches))
     # 18 rows are 9 samples of two columns each: the first batch and two of the second.
-    first = ggn_spectrum(net, cross_entropy, batches, max_rows=18)
+    first = ggn_spectrum(net, cross_entropy, batches, method="exact", max_rows=18)
     used = [batches[0], (batches[1][0][:2], batches[1][1][:2])]
     assert first.num_samples == 9
     assert_same_eigenvalues(first, dense_ggn(net, cross_entropy, used))
-    assert_same_eigenvalues(ntk_spectrum(net, cross_entropy, batches, max_rows=27), dense_ntk(net, used))
+    assert_same_eigenvalues(
+        ntk_spectrum(net, cross_entropy, batches, method="exact", max_rows=27), dense_ntk(net, used)
+    )
 
 
 def test_embedding():
@@ -266,6 +402,47 @@ def test_embedding_with_padding_and_repeated_tokens():
     assert_same_eigenvalues(ntk_spectrum(net, cross_entropy, batches), dense_ntk(net, batches))
     embedding_only = dense_ggn(net, cross_entropy, batches, [net.inner[0].weight])
     assert_same_eigenvalues(ggn_spectrum(net, cross_entropy, batches, params="inner.0.*"), embedding_only)
+
+
+class TiedHead(nn.Module):
+    """Token embeddings that are also the weights of the output head, over a layer in between."""
+
+    def __init__(self, padding_idx=None, bias=True, positions=False):
+        super().__init__()
+        self.table, self.body = nn.Embedding(5, 3, padding_idx=padding_idx), nn.Linear(3, 3)
+        self.head, self.positions = nn.Linear(3, 5, bias=bias), positions
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens):
+        found = torch.tanh(self.body(self.table(tokens)))
+        return self.head(found).mT if self.positions else self.head(found.mean(1))
+
+
+@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"padding_idx": 2}])
+def test_tied_embedding(options, positions, monkeypatch):
+    torch.manual_seed(0)
+    net = TiedHead(**options, positions=positions).double()
+    batches = [(torch.randint(5, (n, 4)), torch.randint(5, (n, 4) if positions else (n,))) for n in (6, 4)]
+    spectrum, kernel = ggn_spectrum(net, cross_entropy, batches), ntk_spectrum(net, cross_entropy, batches)
+    assert "general_route" not in spectrum.settings
+    assert_same_eigenvalues(spectrum, dense_ggn(net, cross_entropy, batches))
+    assert_same_eigenvalues(kernel, dense_ntk(net, batches))
+    table = dense_ggn(net, cross_entropy, batches, [net.table.weight])
+    assert_same_eigenvalues(ggn_spectrum(net, cross_entropy, batches, params="table.*"), table)
+    monkeypatch.setattr(shares, "ROW_CHUNK", 3)  # a sample at a time
+    assert_same_eigenvalues(ggn_spectrum(net, cross_entropy, batches, params="table.*"), table)
+
+
+def test_tied_embedding_that_renormalises_goes_the_general_way():
+    torch.manual_seed(0)
+    net = TiedHead().double()
+    net.table.max_norm = 0.5
+    data = torch.randint(5, (6, 4)), torch.randint(5, (6,))
+    spectrum = ggn_spectrum(net, cross_entropy, data)
+    assert "table.weight" in spectrum.settings["general_route"]
+    net(data[0])  # renormalises
+    assert_same_eigenvalues(spectrum, dense_ggn(net, cross_entropy, [data]))
 
 
 @pytest.mark.parametrize("options", [{"max_norm": 0.5}, {"scale_grad_by_freq": True}])

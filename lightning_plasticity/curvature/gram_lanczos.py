@@ -1,0 +1,198 @@
+"""Estimate the GGN's or the NTK's spectrum by Lanczos where its Gram matrix is too large to decompose.
+
+The quadrature is of the dual S^T J J^T S, of dimension M (its rows), which holds all nonzero eigenvalues: on the Gram
+matrix itself where it can be formed cheaply, else matrix-free, by one vector-Jacobian and one Jacobian-vector product a
+step. With fewer parameters than rows it is of J^T S S^T J, of dimension P. Either way the rest of the P coordinates are
+exact zeros, and the intervals are those of ``lightning_plasticity.linalg.quadrature``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lightning_plasticity.curvature.gram import assemble, disagreements
+from lightning_plasticity.curvature.gram_measure import (
+    Matrix,
+    coarsest,
+    columns_per_sample,
+    gram_rows,
+    measure_gram,
+    output_root,
+)
+from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite, require_outputs
+from lightning_plasticity.curvature.output_jacobian import DualOperator, OutputJacobian, PrimalOperator
+from lightning_plasticity.curvature.output_loss import batch_shares
+from lightning_plasticity.curvature.output_root import OutputRoot
+from lightning_plasticity.curvature.spectrum import Spectrum
+from lightning_plasticity.linalg import LanczosQuadrature, stochastic_lanczos_quadrature
+from lightning_plasticity.nn.batches import clone_batch
+
+GramMethod = Literal["auto", "exact", "lanczos"]
+METHODS = ("auto", "exact", "lanczos")
+MIN_SAMPLES = 32  # an exact spectrum of fewer samples says less than an estimate on all of them
+# The Gram matrix is formed up to this size: a product with it then costs less than one with the network, and its
+# columns cost fewer backward passes than the steps would.
+DENSE_ROWS = 10_000
+DENSE_COLUMNS = 64
+LANCZOS_STEPS = 120
+
+
+def gram_spectrum(
+    measured: Measured, matrix: Matrix, *, method: GramMethod, max_rows: int | None, num_steps: int
+) -> Spectrum:
+    """The GGN's or the NTK's spectrum by the method asked for; arguments as in ``ggn_spectrum``."""
+    if method not in METHODS:
+        raise ValueError(f"method={method!r}, expected one of {METHODS}.")
+    if method == "exact":
+        return measure_gram(measured, matrix, max_rows=max_rows)
+    plan = _plan(measured, matrix)
+    if method == "lanczos":
+        return estimate_gram(measured, matrix, plan, num_steps)
+    exact = plan.is_exact(max_rows)
+    spectrum = (
+        measure_gram(measured, matrix, max_rows=max_rows) if exact else estimate_gram(measured, matrix, plan, num_steps)
+    )
+    return replace(spectrum, settings={**spectrum.settings, "reason": plan.reason(max_rows)})
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the probe data ask for.
+
+    Attributes:
+        num_samples: N, in all batches.
+        rows_each: R, the most Gram rows that a sample has.
+    """
+
+    num_samples: int
+    rows_each: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_samples * self.rows_each
+
+    def is_exact(self, max_rows: int | None) -> bool:
+        """Whether the rows of enough samples fit."""
+        return max_rows is None or min(self.num_samples, MIN_SAMPLES) * self.rows_each <= max_rows
+
+    def reason(self, max_rows: int | None) -> str:
+        """Why ``"auto"`` is exact, or is not."""
+        if max_rows is None:
+            return "exact: max_rows sets no bound"
+        fit = min(self.num_samples, max_rows // max(1, self.rows_each))
+        which = "all" if fit == self.num_samples else f"the first {fit} of"
+        if self.is_exact(max_rows):
+            return f"exact: the rows of {which} {self.num_samples} samples fit max_rows={max_rows}"
+        return f"lanczos: the rows of only {fit} of {self.num_samples} samples fit max_rows={max_rows}"
+
+
+def _plan(measured: Measured, matrix: Matrix) -> _Plan:
+    num_samples = rows_each = 0
+    with measured.open() as closure:
+        for index, batch in enumerate(measured.batches):
+            loss = require_outputs(closure(clone_batch(batch), index))
+            num_samples += loss.num_samples
+            rows_each = max(rows_each, columns_per_sample(loss, matrix))
+    return _Plan(num_samples, rows_each)
+
+
+def estimate_gram(measured: Measured, matrix: Matrix, plan: _Plan, num_steps: int) -> Spectrum:
+    """A quadrature on all samples."""
+    started = time.perf_counter()
+    parameters = measured.parameters()
+    num_params = sum(parameter.numel() for parameter in parameters)
+    found = None
+    if plan.num_rows == 0:
+        return measure_gram(measured, matrix)  # a loss without curvature
+    if plan.num_rows <= min(DENSE_ROWS, num_params) and plan.rows_each <= DENSE_COLUMNS:
+        found = _on_the_gram_matrix(measured, matrix, parameters, num_steps)
+    if found is None:
+        found = _matrix_free(measured, matrix, parameters, num_steps)
+    settings: dict[str, Any] = {
+        "dtype": dtype_name(found.dtype),
+        "mode": measured.mode,
+        "rows": plan.num_rows,
+        "route": found.route,
+        "num_steps": len(found.quadrature.alpha),
+    }
+    if found.note:
+        settings["note"] = found.note
+    return Spectrum.from_quadrature(
+        found.quadrature,
+        num_params,
+        matrix=matrix,
+        method="lanczos",
+        num_samples=plan.num_samples,
+        num_products=found.num_products,
+        seconds=time.perf_counter() - started,
+        resolution=RESOLUTION.get(found.dtype, 1e-2) * float(abs(found.quadrature.nodes).max()),
+        settings=settings,
+    )
+
+
+@dataclass(frozen=True)
+class _Found:
+    quadrature: LanczosQuadrature
+    dtype: torch.dtype
+    num_products: int
+    route: str
+    note: str
+
+
+def _on_the_gram_matrix(
+    measured: Measured, matrix: Matrix, parameters: Sequence[nn.Parameter], num_steps: int
+) -> _Found | None:
+    """Lanczos on the explicit Gram matrix; None where some parameters have no shortcut, whose rows would be explicit.
+
+    The matrix is summed in the network's own precision, which its entries have anyway: half the memory to read a step.
+    """
+    with measured.open() as closure:
+        rows = gram_rows(measured, closure, matrix, parameters, max_rows=None)
+        if disagreements(rows.batches) or any(batch.general for batch in rows.batches):
+            return None
+        dtype = coarsest([rows.dtype, *(parameter.dtype for parameter in parameters)])
+        gram = assemble(rows.batches, dtype=dtype)
+    finite(gram.matrix.diagonal())
+    kernel = gram.matrix / gram.num_samples if matrix == "ntk" else gram.matrix
+    quadrature = stochastic_lanczos_quadrature(
+        kernel.mv,
+        len(kernel),
+        num_steps,
+        generator=torch.Generator().manual_seed(measured.seed),
+        dtype=dtype,
+        device=kernel.device,
+    )
+    return _Found(quadrature, dtype, gram.num_backward, "lanczos on the Gram matrix", rows.note)
+
+
+def _matrix_free(measured: Measured, matrix: Matrix, parameters: Sequence[nn.Parameter], num_steps: int) -> _Found:
+    """Lanczos by products with the network's Jacobian, in the smaller of both spaces."""
+    with measured.open() as closure:
+        evaluations = [closure(clone_batch(batch), index) for index, batch in enumerate(measured.batches)]
+        losses = [require_outputs(evaluation) for evaluation in evaluations]
+        sizes = [loss.num_samples for loss in losses]
+        shares = batch_shares(losses, sizes) if matrix == "ggn" else [1 / sum(sizes)] * len(sizes)
+        roots: list[OutputRoot] = [
+            output_root(loss, matrix).scaled(share**0.5) for loss, share in zip(losses, shares, strict=True)
+        ]
+        jacobian = OutputJacobian([loss.outputs for loss in losses], parameters)
+        operator: DualOperator | PrimalOperator = DualOperator(jacobian, roots)
+        if operator.dim > jacobian.num_params:
+            operator = PrimalOperator(jacobian, roots)
+        quadrature = stochastic_lanczos_quadrature(
+            operator.matvec,
+            operator.dim,
+            num_steps,
+            generator=torch.Generator().manual_seed(measured.seed),
+            dtype=jacobian.dtype,
+            device=jacobian.device,
+        )
+    space = "outputs" if isinstance(operator, DualOperator) else "parameters"
+    route = f"lanczos by products with the network, in the space of {space}"
+    return _Found(quadrature, jacobian.dtype, 2 * len(quadrature.alpha), route, evaluations[0].note)
