@@ -25,7 +25,6 @@ from lightning_plasticity.linalg.feature_matrix import FeatureLayout
 from lightning_plasticity.linalg.functionals import count_above
 from lightning_plasticity.metrics import DormantUnitRatio, SingularValues
 from lightning_plasticity.nn import FeatureTaps, HiddenLayer, find_hidden_layers, named_layers, undisturbed
-from lightning_plasticity.nn.batches import clone_batch
 from lightning_plasticity.nn.undisturbed import MODES, Mode
 
 PROBE_SAMPLES = 2048
@@ -131,14 +130,14 @@ class FeatureRankMonitor(BoundaryMonitor):
         if self._layers is None:
             with undisturbed(pl_module, mode=self.mode, **live) as collected:
                 closure = LossClosure(pl_module, self.loss_fn, collected)
-                self._layers = find_hidden_layers(pl_module, lambda: closure.run(clone_batch(batches[0])))
+                self._layers = find_hidden_layers(pl_module, lambda: closure.run(batches[0]))
         measurement = Measurement(settings={"mode": self.mode, "conv": self.conv})
         statistics = {layer.name: _LayerStatistics(layer, self.conv, self.dormant_tau) for layer in self._layers}
         with undisturbed(pl_module, mode=self.mode, **live) as collected, FeatureTaps(pl_module, self._layers) as taps:
             closure = LossClosure(pl_module, self.loss_fn, collected)
             for index, batch in enumerate(batches):
                 taps.clear()
-                closure.run(clone_batch(batch), index)
+                closure.run(batch, index)
                 for name, layer in statistics.items():
                     try:
                         for activations in taps.calls(name):

@@ -10,22 +10,26 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_plasticity.callbacks.arguments import choice, choices, decimal, function, numbers, whole_number
+from lightning_plasticity.callbacks.kept_plans import KeptPlans
 from lightning_plasticity.callbacks.live import live_optimizers
-from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement, OnError, Phase, describe
-from lightning_plasticity.curvature import Measured, MeasurementError, Spectrum, measure_gram, measure_hessian
+from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement, OnError, Phase, describe, tell
+from lightning_plasticity.curvature import Measured, MeasurementError, Spectrum, measure_hessian
+from lightning_plasticity.curvature.budget import Budget, training_step_bytes
 from lightning_plasticity.curvature.closure import LossFunction
+from lightning_plasticity.curvature.gram_lanczos import gram_spectrum
 from lightning_plasticity.curvature.gram_measure import MAX_ROWS
+from lightning_plasticity.curvature.gram_plan import GramPlan, plan_gram
 from lightning_plasticity.curvature.hessian_measure import LANCZOS_STEPS
+from lightning_plasticity.curvature.hessian_plan import HessianPlan, plan_hessian
 from lightning_plasticity.linalg import Estimate
 from lightning_plasticity.loggers import log_figure, spectra_figure, takes_figures
-from lightning_plasticity.nn.batches import batch_size, clone_batch
 from lightning_plasticity.nn.undisturbed import MODES, Mode
 from lightning_plasticity.records import TaskRecord
 
 Quantity = Literal["ggn", "hessian", "ntk"]
 QUANTITIES = ("ggn", "hessian", "ntk")
 PROBE_SAMPLES = 512
-FEW_SAMPLES = 50  # a matrix of fewer is told about
+FEW_SAMPLES = 32  # of a training step whose batch is not at hand
 MAX_SECONDS = 4.0
 STEP_MULTIPLE = 4  # times the memory of a training step that a measurement may add
 LEAST_MEMORY = 2**26
@@ -59,8 +63,8 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         quantities: which matrices.
         eps: absolute thresholds of the eps-rank.
         relative_eps: thresholds relative to the largest |lambda|.
-        probe_samples: samples to measure on; None for 512. The GGN takes the first of them that keep its Gram matrix
-            within ``max_rows``.
+        probe_samples: samples to measure on; None for 512. The GGN is exact on the first of them that keep its Gram
+            matrix within ``max_rows`` where those are 32 or more, else estimated on all.
         when: ``"start"``, ``"end"`` or both.
         every_n_tasks: measure at tasks 0, n, 2n, ...
         data: what to measure on: a batch, dataset, loader, or callable ``(trainer, pl_module)``; None for the task's
@@ -161,11 +165,9 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         measurement = Measurement(settings={"mode": self.mode})
         started = time.perf_counter()
         for quantity in self.quantities:
-            # Clones, for a training step may change its batch.
-            own = [clone_batch(batch) for batch in batches]
             try:
                 measured = Measured(
-                    pl_module, own, self.loss_fn, mode=self.mode, seed=self.seed, **live_optimizers(pl_module)
+                    pl_module, batches, self.loss_fn, mode=self.mode, seed=self.seed, **live_optimizers(pl_module)
                 )
                 spectrum = self._spectrum(trainer, measured, quantity, time.perf_counter() - started)
             except Exception as error:
@@ -179,14 +181,7 @@ class HessianSpectrumMonitor(BoundaryMonitor):
             measurement.settings[quantity] = _about(spectrum)
             if note := spectrum.settings.get("note"):
                 self._warn_once(trainer, note, f"{type(self).__name__}: {note}")
-            self._warn_of_few(trainer, spectrum, sum(batch_size(batch) for batch in batches))
         return measurement
-
-    def _warn_of_few(self, trainer: Trainer, spectrum: Spectrum, given: int) -> None:
-        used, rows = spectrum.num_samples, spectrum.settings.get("rows", 0)
-        if used < min(FEW_SAMPLES, given) and rows * (used + 1) > self.max_rows * used:
-            what = f"{type(self).__name__}: the {spectrum.matrix} is that of {used} of the {given} probe samples only"
-            self._warn_once(trainer, what, f"{what}, since max_rows={self.max_rows}; a larger max_rows takes more.")
 
     def _spectrum(self, trainer: Trainer, measured: Measured, quantity: Quantity, spent: float) -> Spectrum:
         """By the plan made at the run's first measurement, or one made now of what the others have left of the time."""
@@ -202,7 +197,9 @@ class HessianSpectrumMonitor(BoundaryMonitor):
             gram_plan, new = self._plans.get(
                 quantity, GramPlan, lambda: plan_gram(measured, quantity, parameters, self.max_rows, budget)
             )
-            spectrum = measure_gram(measured, quantity, max_rows=self.max_rows, plan=gram_plan)
+            spectrum = gram_spectrum(
+                measured, quantity, method="auto", max_rows=self.max_rows, num_steps=self.num_steps, plan=gram_plan
+            )
         if new and (why := spectrum.settings.get("budget")):
             tell(trainer, f"{type(self).__name__}: the {quantity} is measured on {why}.")
         return spectrum
@@ -211,7 +208,7 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         """Four times what a training step takes."""
         assert self._tracker is not None
         batch = self._tracker.first_batch
-        batch = measured.first(FEW_SAMPLES).batches[0] if batch is None else clone_batch(batch)
+        batch = measured.first(FEW_SAMPLES).batches[0] if batch is None else batch
         return max(STEP_MULTIPLE * training_step_bytes(measured, batch), LEAST_MEMORY)
 
     def _numbers(self, spectrum: Spectrum) -> dict[str, Estimate]:

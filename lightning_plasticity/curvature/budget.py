@@ -62,6 +62,11 @@ def training_step_bytes(measured: Measured, batch: Any) -> int:
     return weights + (1 + states) * gradients + meter.num_bytes
 
 
+def in_mib(size: float) -> str:
+    """A number of bytes, for messages."""
+    return f"{size / 2**20:.0f} MiB"
+
+
 def _states(optimizer: Any) -> int:
     """Tensors of a parameter's size that an optimizer keeps for it; it has them only after its first step."""
     defaults = getattr(optimizer, "defaults", {})

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.output_loss import OutputLoss
 from lightning_plasticity.curvature.watch import LossWatcher, explain
-from lightning_plasticity.nn.batches import batch_size
+from lightning_plasticity.nn.batches import batch_size, clone_batch
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -95,6 +95,7 @@ class LossClosure:
 
     def _run(self, batch: Any, index: int) -> tuple[Any, str]:
         """What the preferred source of the loss returned, and its name."""
+        batch = clone_batch(batch)  # a step may change its batch, and batches are evaluated more than once
         self._outputs = None
         self._collected.clear()
         own_loss: Any = getattr(self.module, "curvature_loss", None)

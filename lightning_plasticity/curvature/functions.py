@@ -81,6 +81,8 @@ def ggn_spectrum(
     method: GramMethod = "auto",
     max_rows: int | None = 5000,
     num_steps: int = LANCZOS_STEPS,
+    max_seconds: float | None = None,
+    max_memory: float | None = None,
     mode: Mode = "frozen",
     seed: int = 0,
 ) -> Spectrum:
@@ -100,6 +102,9 @@ def ggn_spectrum(
         max_rows: bound on the size of the Gram matrix to decompose, N (C - 1) for cross-entropy; None for no bound. It
             takes about (rows / 1500)^3 / 5 seconds.
         num_steps: Lanczos steps, as in ``hessian_spectrum``. Equal eigenvalues may look like one to a single probe.
+        max_seconds: wall time that an exact spectrum may take; fewer samples are chosen for it, from a short
+            calibration, and ``settings["budget"]`` says how many. None for any.
+        max_memory: as in ``hessian_spectrum``.
         mode: as in ``hessian_spectrum``.
         seed: as in ``hessian_spectrum``.
 
@@ -117,7 +122,8 @@ def ggn_spectrum(
         10.0
     """
     measured = Measured(model, as_batches(data, model), loss_fn, params, mode, seed)
-    return gram_spectrum(measured, "ggn", method=method, max_rows=max_rows, num_steps=num_steps)
+    budget = Budget(max_seconds, max_memory)
+    return gram_spectrum(measured, "ggn", method=method, max_rows=max_rows, num_steps=num_steps, budget=budget)
 
 
 def ntk_spectrum(
@@ -129,6 +135,8 @@ def ntk_spectrum(
     method: GramMethod = "auto",
     max_rows: int | None = 5000,
     num_steps: int = LANCZOS_STEPS,
+    max_seconds: float | None = None,
+    max_memory: float | None = None,
     mode: Mode = "frozen",
     seed: int = 0,
 ) -> Spectrum:
@@ -138,7 +146,8 @@ def ntk_spectrum(
     the other spectra, so that counts compare.
     """
     measured = Measured(model, as_batches(data, model), loss_fn, params, mode, seed)
-    return gram_spectrum(measured, "ntk", method=method, max_rows=max_rows, num_steps=num_steps)
+    budget = Budget(max_seconds, max_memory)
+    return gram_spectrum(measured, "ntk", method=method, max_rows=max_rows, num_steps=num_steps, budget=budget)
 
 
 def as_batches(data: Any, model: nn.Module) -> list[Any]:

@@ -48,6 +48,14 @@ class GramRows:
     outputs: Tensor | None
     num_backward: int
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the factors and the columns."""
+        parts = [part for share in self.shares.values() for part in share]
+        factors = [tensor for part in parts for tensor in (part.inputs, part.gradients)]
+        sizes = {tensor.data_ptr(): tensor.numel() * tensor.element_size() for tensor in (*factors, self.columns)}
+        return sum(sizes.values())
+
     def scale(self, factor: float) -> None:
         """Multiply all rows."""
         self.columns = self.columns * factor
@@ -97,6 +105,7 @@ def assemble(
     batches: Sequence[GramRows],
     only: Collection[nn.Parameter] | None = None,
     dtype: torch.dtype = torch.float64,
+    row_bytes: int | None = None,
 ) -> Gram:
     """Sum the shares of all parameters over batches that took the same routes (no ``disagreements``).
 
@@ -104,6 +113,8 @@ def assemble(
         batches: rows of all batches.
         only: the parameters to sum over, for a diagonal block of the curvature matrix; None for all.
         dtype: of the sum.
+        row_bytes: what explicit gradient rows may take at a time, ``MAX_ROW_BYTES`` for None; less takes more backward
+            passes.
 
     Raises:
         MeasurementError: when the parameters without a shortcut have too many explicit rows.
@@ -120,7 +131,7 @@ def assemble(
             add_share(gram, concatenate(share))
     general = [parameter for parameter in batches[0].general if only is None or parameter in only]
     size = num_columns * num_samples
-    for block in _blocks(general, size):
+    for block in _blocks(general, size, MAX_ROW_BYTES if row_bytes is None else row_bytes):
         add_rows(gram, _explicit_rows(batches, block, num_columns))
     mirror(gram)
     return Gram(gram.view(size, size), num_samples, sum(batch.num_backward for batch in batches), general)
@@ -212,18 +223,18 @@ class _Slice:
     stop: int
 
 
-def _blocks(parameters: Sequence[nn.Parameter], num_rows: int) -> Iterator[list[_Slice]]:
-    """The coordinates of all parameters, cut so that the explicit rows of a block take ``MAX_ROW_BYTES``."""
+def _blocks(parameters: Sequence[nn.Parameter], num_rows: int, row_bytes: int) -> Iterator[list[_Slice]]:
+    """The coordinates of all parameters, cut so that the explicit rows of a block take ``row_bytes``."""
     if not parameters or not num_rows:
         return
     itemsize = max(parameter.dtype.itemsize for parameter in parameters)
     total = sum(parameter.numel() for parameter in parameters)
-    room = max(1, MAX_ROW_BYTES // (num_rows * itemsize))
+    room = max(1, row_bytes // (num_rows * itemsize))
     if math.ceil(total / room) > MAX_PASSES:
         raise MeasurementError(
             f"{num_rows} explicit gradient rows of {total} parameters without a shortcut take "
             f"{num_rows * total * itemsize / 2**30:.3g} GiB; "
-            f"the limit is {MAX_PASSES * MAX_ROW_BYTES / 2**30:.3g} GiB, in turns. "
+            f"the limit is {MAX_PASSES * row_bytes / 2**30:.3g} GiB, in turns. "
             "Lower max_rows or probe_samples, choose params=..., or measure the Hessian only: "
             "quantities=('hessian',)."
         )

@@ -16,26 +16,25 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lightning_plasticity.curvature.budget import Budget
 from lightning_plasticity.curvature.gram import assemble, disagreements
 from lightning_plasticity.curvature.gram_measure import (
     Matrix,
     coarsest,
-    columns_per_sample,
     gram_rows,
     measure_gram,
     output_root,
 )
+from lightning_plasticity.curvature.gram_plan import GramPlan, plan_gram
 from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite, require_outputs
 from lightning_plasticity.curvature.output_jacobian import DualOperator, OutputJacobian, PrimalOperator
 from lightning_plasticity.curvature.output_loss import batch_shares
 from lightning_plasticity.curvature.output_root import OutputRoot
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.linalg import LanczosQuadrature, stochastic_lanczos_quadrature
-from lightning_plasticity.nn.batches import clone_batch
 
 GramMethod = Literal["auto", "exact", "lanczos"]
 METHODS = ("auto", "exact", "lanczos")
-MIN_SAMPLES = 32  # an exact spectrum of fewer samples says less than an estimate on all of them
 # The Gram matrix is formed up to this size: a product with it then costs less than one with the network, and its
 # columns cost fewer backward passes than the steps would.
 DENSE_ROWS = 10_000
@@ -44,65 +43,34 @@ LANCZOS_STEPS = 120
 
 
 def gram_spectrum(
-    measured: Measured, matrix: Matrix, *, method: GramMethod, max_rows: int | None, num_steps: int
+    measured: Measured,
+    matrix: Matrix,
+    *,
+    method: GramMethod,
+    max_rows: int | None,
+    num_steps: int,
+    budget: Budget | None = None,
+    plan: GramPlan | None = None,
 ) -> Spectrum:
-    """The GGN's or the NTK's spectrum by the method asked for; arguments as in ``ggn_spectrum``."""
+    """The GGN's or the NTK's spectrum; arguments as in ``ggn_spectrum``, and a plan made before for the same budget."""
     if method not in METHODS:
         raise ValueError(f"method={method!r}, expected one of {METHODS}.")
-    if method == "exact":
-        return measure_gram(measured, matrix, max_rows=max_rows)
-    plan = _plan(measured, matrix)
-    if method == "lanczos":
-        return estimate_gram(measured, matrix, plan, num_steps)
-    exact = plan.is_exact(max_rows)
-    spectrum = (
-        measure_gram(measured, matrix, max_rows=max_rows) if exact else estimate_gram(measured, matrix, plan, num_steps)
-    )
-    return replace(spectrum, settings={**spectrum.settings, "reason": plan.reason(max_rows)})
+    if plan is None:
+        insist = None if method == "auto" else method == "exact"
+        plan = plan_gram(measured, matrix, measured.parameters(), max_rows, budget or Budget(), insist)
+    if plan.exact:
+        # With no sample that fits ``max_rows`` is refused; without rows the loss has no curvature.
+        rows = (plan.num_rows or None) if plan.num_samples else max_rows
+        spectrum = measure_gram(measured, matrix, max_rows=rows, row_bytes=plan.row_bytes)
+    else:
+        spectrum = estimate_gram(measured, matrix, plan, num_steps)
+    settings = {"budget": plan.why} if plan.why else {}
+    if method == "auto":
+        settings["reason"] = plan.reason
+    return replace(spectrum, settings={**spectrum.settings, **settings})
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What the probe data ask for.
-
-    Attributes:
-        num_samples: N, in all batches.
-        rows_each: R, the most Gram rows that a sample has.
-    """
-
-    num_samples: int
-    rows_each: int
-
-    @property
-    def num_rows(self) -> int:
-        return self.num_samples * self.rows_each
-
-    def is_exact(self, max_rows: int | None) -> bool:
-        """Whether the rows of enough samples fit."""
-        return max_rows is None or min(self.num_samples, MIN_SAMPLES) * self.rows_each <= max_rows
-
-    def reason(self, max_rows: int | None) -> str:
-        """Why ``"auto"`` is exact, or is not."""
-        if max_rows is None:
-            return "exact: max_rows sets no bound"
-        fit = min(self.num_samples, max_rows // max(1, self.rows_each))
-        which = "all" if fit == self.num_samples else f"the first {fit} of"
-        if self.is_exact(max_rows):
-            return f"exact: the rows of {which} {self.num_samples} samples fit max_rows={max_rows}"
-        return f"lanczos: the rows of only {fit} of {self.num_samples} samples fit max_rows={max_rows}"
-
-
-def _plan(measured: Measured, matrix: Matrix) -> _Plan:
-    num_samples = rows_each = 0
-    with measured.open() as closure:
-        for index, batch in enumerate(measured.batches):
-            loss = require_outputs(closure(clone_batch(batch), index))
-            num_samples += loss.num_samples
-            rows_each = max(rows_each, columns_per_sample(loss, matrix))
-    return _Plan(num_samples, rows_each)
-
-
-def estimate_gram(measured: Measured, matrix: Matrix, plan: _Plan, num_steps: int) -> Spectrum:
+def estimate_gram(measured: Measured, matrix: Matrix, plan: GramPlan, num_steps: int) -> Spectrum:
     """A quadrature on all samples."""
     started = time.perf_counter()
     parameters = measured.parameters()
@@ -174,7 +142,7 @@ def _on_the_gram_matrix(
 def _matrix_free(measured: Measured, matrix: Matrix, parameters: Sequence[nn.Parameter], num_steps: int) -> _Found:
     """Lanczos by products with the network's Jacobian, in the smaller of both spaces."""
     with measured.open() as closure:
-        evaluations = [closure(clone_batch(batch), index) for index, batch in enumerate(measured.batches)]
+        evaluations = [closure(batch, index) for index, batch in enumerate(measured.batches)]
         losses = [require_outputs(evaluation) for evaluation in evaluations]
         sizes = [loss.num_samples for loss in losses]
         shares = batch_shares(losses, sizes) if matrix == "ggn" else [1 / sum(sizes)] * len(sizes)

@@ -22,19 +22,20 @@ from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_
 from lightning_plasticity.curvature.output_loss import OutputLoss, batch_shares
 from lightning_plasticity.curvature.output_root import DiagonalRoot, OutputRoot
 from lightning_plasticity.curvature.spectrum import Spectrum
-from lightning_plasticity.nn.batches import clone_batch
 
 MAX_ROWS = 1500  # rows of the Gram matrix that a default measurement allows: half a second to decompose
 
 Matrix = Literal["ggn", "ntk"]
 
 
-def measure_gram(measured: Measured, matrix: Matrix, *, max_rows: int | None = None) -> Spectrum:
+def measure_gram(
+    measured: Measured, matrix: Matrix, *, max_rows: int | None = None, row_bytes: int | None = None
+) -> Spectrum:
     """The exact spectrum, of the first samples whose rows fit ``max_rows``; arguments as in ``ggn_spectrum``."""
     started = time.perf_counter()
     parameters = measured.parameters()
     with collected_rows(measured, matrix, parameters, max_rows=max_rows) as rows:
-        gram = assemble(rows.batches)
+        gram = assemble(rows.batches, row_bytes=row_bytes)
     return exact_spectrum(measured, matrix, rows, gram, parameters, started)
 
 
@@ -115,7 +116,7 @@ def gram_rows(
     dtype, note = torch.float64, ""
     for index, batch in enumerate(measured.batches):
         with LayerTaps(measured.module) as taps:
-            evaluation = closure(clone_batch(batch), index)  # a step may change its batch, and this may run twice
+            evaluation = closure(batch, index)
         loss, note = require_outputs(evaluation), evaluation.note
         rows_each = max(rows_each, columns_per_sample(loss, matrix))
         take = _affordable_samples(max_rows, rows_each, used, loss.num_samples)

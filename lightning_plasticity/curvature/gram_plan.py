@@ -16,7 +16,6 @@ from lightning_plasticity.curvature.gram import MAX_ROW_BYTES, assemble
 from lightning_plasticity.curvature.gram_measure import Matrix, collected_rows, columns_per_sample
 from lightning_plasticity.curvature.measured import Measured, require_outputs
 from lightning_plasticity.curvature.memory import GraphMeter
-from lightning_plasticity.nn.batches import clone_batch
 
 MIN_SAMPLES = 32  # an exact spectrum of fewer samples says less than an estimate on all of them
 LEAST_SAMPLES = 8
@@ -36,7 +35,7 @@ class GramPlan:
         exact: whether the Gram matrix is decomposed; else Lanczos estimates.
         num_samples: N, the first samples of the probe data.
         rows_each: Gram rows of a sample, at most.
-        row_bytes: what explicit gradient rows may take at a time.
+        row_bytes: what explicit gradient rows may take at a time; None for 2 GiB.
         reason: why it is exact, or is not.
         why: what the budget changed; empty where nothing.
     """
@@ -44,7 +43,7 @@ class GramPlan:
     exact: bool
     num_samples: int
     rows_each: int
-    row_bytes: int = MAX_ROW_BYTES
+    row_bytes: int | None = None
     reason: str = ""
     why: str = ""
 
@@ -83,8 +82,10 @@ def plan_gram(
     num_params = sum(parameter.numel() for parameter in parameters)
     memory = budget.memory(parameters[0].device)
     fixed = VECTORS * num_params * parameters[0].dtype.itemsize
-    small = num_params * wanted.num_rows <= SMALL_WORK and 8 * GRAMS * wanted.num_rows**2 + fixed <= memory / 2
-    if not exact or fit < 1 or (small and budget.max_memory is None):
+    rows_bytes = num_params * wanted.num_rows * parameters[0].dtype.itemsize
+    small = num_params * wanted.num_rows <= SMALL_WORK
+    roomy = 8 * GRAMS * wanted.num_rows**2 + fixed + rows_bytes <= memory / 2
+    if not exact or fit < 1 or (small and roomy):
         return wanted  # a matrix-free estimate takes what a Lanczos run takes, and no matrix
     costs = _trials(measured, matrix, parameters)
     if costs is None:
@@ -141,8 +142,9 @@ def _trials(measured: Measured, matrix: Matrix, parameters: Sequence[nn.Paramete
     # t = a n + b n^2 through both, neither of them negative.
     square = max(0.0, (second / more - first / few) / (more - few))
     linear = max(0.0, second / more - square * more)
-    symmetric = torch.randn(TIMED_ROWS, TIMED_ROWS, dtype=torch.float64, device=parameters[0].device)
-    decomposition = _seconds(lambda: torch.linalg.eigvalsh(symmetric @ symmetric.T)) / TIMED_ROWS**3
+    rows = torch.arange(TIMED_ROWS, dtype=torch.float64, device=parameters[0].device)
+    kernel = torch.exp(-(rows[:, None] - rows).abs())
+    decomposition = _seconds(lambda: torch.linalg.eigvalsh(kernel)) / TIMED_ROWS**3
     return _Costs(factor_bytes / more, linear, square, decomposition)
 
 
@@ -167,7 +169,7 @@ def _size(measured: Measured, matrix: Matrix) -> tuple[int, int]:
     total = rows_each = 0
     with measured.open() as closure:
         for index, batch in enumerate(measured.batches):
-            loss = require_outputs(closure(clone_batch(batch), index))
+            loss = require_outputs(closure(batch, index))
             total += loss.num_samples
             rows_each = max(rows_each, columns_per_sample(loss, matrix))
     return total, rows_each

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.curvature.budget import Budget
+from lightning_plasticity.curvature.budget import Budget, in_mib
 from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.hessian_problem import opened
 from lightning_plasticity.curvature.measured import Measured
@@ -170,8 +170,8 @@ def plan_hessian(measured: Measured, parameters: Sequence[nn.Parameter], num_ste
     if fitting is None:
         needed = costs.memory(1, 0, costs.graph(1))
         raise MeasurementError(
-            f"The Hessian of {size} parameters takes {_mib(needed)} at least, and {_mib(memory)} are allowed. Raise "
-            "max_memory, choose params=..., or measure the GGN only: quantities=('ggn',)."
+            f"The Hessian of {size} parameters takes {in_mib(needed)} at least, and {in_mib(memory)} are allowed. "
+            "Raise max_memory, choose params=..., or measure the GGN only: quantities=('ggn',)."
         )
     return _explained(fitting, total, num_steps, budget, memory)
 
@@ -267,9 +267,5 @@ def _explained(plan: HessianPlan, total: int, num_steps: int, budget: Budget, me
         changes.append(f"graphs of {plan.chunk} samples at a time")
     if not changes:
         return plan
-    bounds = f"{budget.seconds:g} s and {_mib(memory)}" if budget.seconds < math.inf else _mib(memory)
+    bounds = f"{budget.seconds:g} s and {in_mib(memory)}" if budget.seconds < math.inf else in_mib(memory)
     return replace(plan, why=f"{', '.join(changes)}, to stay within {bounds}")
-
-
-def _mib(size: float) -> str:
-    return f"{size / 2**20:.0f} MiB"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -48,7 +49,7 @@ class GraphMeter:
         num_bytes: what has been kept since the context was entered, ``ignored`` tensors apart.
     """
 
-    def __init__(self, ignored: list[Tensor]) -> None:
+    def __init__(self, ignored: Sequence[Tensor]) -> None:
         self._seen = {tensor.untyped_storage().data_ptr() for tensor in ignored}
         self.num_bytes = 0
         self._hooks: Any = torch.autograd.graph.saved_tensors_hooks(self._note, lambda tensor: tensor)
