@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 # Everything that writes lines, in the order of the summary.
-SOURCES = ("peers", "accuracy", "coverage", "growth")
+SOURCES = ("peers", "accuracy", "growth")
 
 
 @dataclass(frozen=True)
