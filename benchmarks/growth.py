@@ -121,8 +121,8 @@ def report(series: Sequence[Series], found: dict[str, Any]) -> str:
     fixed = ", ".join(f"{AXES[axis]} = {value:g}" for axis, value in FIXED.items())
     parts = [
         "# Growth of time and memory",
-        "Written by `python -m benchmarks.growth`; every point in a fresh process, CPU seconds of one thread, peak memory "
-        "above network and data.",
+        "Written by `python -m benchmarks.growth`; every point in a fresh process, CPU seconds of one thread, peak "
+        "memory above network and data.",
         f"{found['machine']}.",
         f"ReLU MLP d-d-d-10, cross-entropy; where not varied, {fixed}. Slopes on log-log axes are fitted to the {TAIL} "
         f"largest points (of memory: above {LEAST_MB:g} MB); met means no steeper than the theory's + {SLACK:g}.",

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-
 from torch.nn import functional as F
 
 from benchmarks.peers.adapters.ours import product

@@ -216,7 +216,7 @@ def interval_table(studies: Sequence[Study]) -> str:
         for steps, shares in found["held"].items():
             missing = found["withheld"][f"1 x {steps}"]
             cells = [f"{100 * share:.1f}" for share in shares]
-            cells = [f"{c} ({100 * w:.0f})" if w else c for c, w in zip(cells, [*missing, 0.0, 0.0], strict=True)]
+            cells = [f"{c} ({100 * w:.0f})" if w else c for c, w in zip(cells, [*missing, 0.0, 0.0, 0.0], strict=True)]
             lines.append(f"| {found['name']} | {steps} | " + " | ".join(cells) + " |")
     columns = zip(*(shares for found in studies for shares in found["held"].values()), strict=True)
     cells = [f"{100 * statistics.mean(column):.1f}, lowest {100 * min(column):.1f}" for column in columns]
@@ -255,21 +255,21 @@ def report(found: dict[str, Any], plan: Plan) -> str:
         f"{found['machine']}.",
         summary(all_lines(found, plan)),
         f"Digits MLP 64-{plan.width}-{plan.width}-10, N={SAMPLES}, cross-entropy. *rho x* is the number of eigenvalues "
-        "above x times the largest in absolute value. *plain* is quadrature as the other libraries run it and *ours* what "
-        "this one makes of the same products; the first lines of `estimates.py` say what is compared. None of the others "
-        "computes a count or an effective rank; its user would have to, from nodes and weights.",
+        "above x times the largest in absolute value. *plain* is quadrature as the other libraries run it and *ours* "
+        "what this one makes of the same products; the first lines of `estimates.py` say what is compared. None of the "
+        "others computes a count or an effective rank; its user would have to, from nodes and weights.",
         "\n".join(
             ["| network | P | live | " + " | ".join(INTERVALS) + " |", "|---" * (3 + len(INTERVALS)) + "|", *nets]
         ),
-        f"## Error in percent\n\nRoot mean square over {plan.seeds} repetitions (400 draws of averages over probes) over "
-        "the true value; median over the networks (worst). Plain with the best split into probes x steps for each "
-        "quantity. Ours before a value is withheld, and without the product that finds the live coordinates and the two "
-        "that check symmetry.",
+        f"## Error in percent\n\nRoot mean square over {plan.seeds} repetitions (400 draws of averages over probes) "
+        "over the true value; median over the networks (worst). Plain with the best split into probes x steps for each "
+        "quantity. Ours before a value is withheld, and without the product that finds the live coordinates and the "
+        "two that check symmetry.",
         error_table(studies, plan.table),
         f"## CPU time to an error of {TARGET:.0%}\n\nThe cheapest of the settings measured, probes x steps, with each "
         "library's own seconds in float32 on the same network (last of the rounds), its set-up counted once. Ours "
-        "includes reading the estimate with its interval, and counts only where the value is given in 95 % of the runs; "
-        "the exact spectrum is one of our settings.",
+        "includes reading the estimate with its interval, and counts only where the value is given in 95 % of the "
+        "runs; the exact spectrum is one of our settings.",
         time_table(studies, times),
         auto_note(times),
         "Seconds of a run on the last network:\n\n" + "\n".join(clock),

@@ -6,8 +6,8 @@
 - ours: one Gaussian probe on the coordinates whose rows are not zero, converged pairs counted as one.
 
 Lanczos runs on the diagonal matrix of the true eigenvalues, from the probe in the basis of the true eigenvectors: the
-same coefficients as on the Hessian itself, quicker. PyHessian's basis is not quite of unit length and curvlinops does not
-reorthogonalise; neither is held against them here.
+same coefficients as on the Hessian itself, quicker. PyHessian's basis is not quite of unit length and curvlinops does
+not reorthogonalise; neither is held against them here.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from scipy.linalg import eigh_tridiagonal
 
 from benchmarks.peers.digits_nets import Truth, exact
 from lightning_plasticity.curvature import Spectrum
-from lightning_plasticity.linalg import LanczosQuadrature, LanczosResult, effective_rank_of, lanczos
+from lightning_plasticity.linalg import LanczosQuadrature, LanczosResult, effective_rank_of, lanczos, srank_of
 
 RHO = (1e-1, 1e-2, 1e-3, 1e-4)
 QUANTITIES = (*(f"rho {rho:g}" for rho in RHO), "effective rank")  # whose errors are compared
-INTERVALS = (*QUANTITIES, "trace")  # whose intervals are checked
+INTERVALS = (*QUANTITIES, "srank", "trace")  # whose intervals are checked
 GROUPS = 400  # averages over probes that an error is taken over
 FEW = 40  # repetitions that show how often a value is withheld, where nothing else is asked
 Array = NDArray[np.float64]
@@ -45,10 +45,10 @@ def study(name: str, width: int, seeds: int, steps: Sequence[int], probes: Seque
     for m in steps:
         shares = np.array([plain_shares(run, m, truth) for run in plain])
         for k in probes:
-            found["plain"][f"{k} x {m}"] = plain_errors(shares, k, len(truth.live), true[:-1])
+            found["plain"][f"{k} x {m}"] = plain_errors(shares, k, len(truth.live), true[: len(QUANTITIES)])
         spectra = [our_spectrum(run, m, truth) for run in ours]
         values = np.array([our_values(spectrum, truth) for spectrum in spectra])
-        found["ours"][f"1 x {m}"] = relative_errors(values, true[:-1])
+        found["ours"][f"1 x {m}"] = relative_errors(values, true[: len(QUANTITIES)])
         asked = spectra if m in table else spectra[:FEW]
         found["withheld"][f"1 x {m}"] = withheld(asked, truth)
         if m in table:
@@ -60,8 +60,8 @@ def true_values(truth: Truth) -> list[float]:
     """In the order of ``INTERVALS``."""
     counts = [truth.count_above(rho * truth.top) for rho in RHO]
     magnitudes = truth.eigenvalues.abs()
-    rank = float(effective_rank_of(magnitudes, torch.ones_like(magnitudes)))
-    return [*counts, rank, float(truth.eigenvalues.sum())]
+    ranks = [float(rank(magnitudes, torch.ones_like(magnitudes))) for rank in (effective_rank_of, srank_of)]
+    return [*counts, *ranks, float(truth.eigenvalues.sum())]
 
 
 def relative_errors(values: Array, true: Sequence[float]) -> list[float]:
@@ -136,8 +136,8 @@ def held(spectra: Sequence[Spectrum], truth: Truth, true: Sequence[float]) -> li
     """Share of the intervals that hold the truth, in the order of ``INTERVALS``."""
     rows = []
     for spectrum in spectra:
-        estimates = [*(spectrum.epsilon_rank(rho * truth.top) for rho in RHO), spectrum.effective_rank()]
-        estimates.append(spectrum.trace())
+        estimates = [spectrum.epsilon_rank(rho * truth.top) for rho in RHO]
+        estimates += [spectrum.effective_rank(), spectrum.srank(), spectrum.trace()]
         # Rounding, where an interval is a point.
         slack = [1e-9 * max(abs(value), 1.0) for value in true]
         rows.append([e.lower - s <= t <= e.upper + s for e, t, s in zip(estimates, true, slack, strict=True)])

@@ -41,10 +41,10 @@ HEAD = """# Next to other libraries
 Written by `python -m benchmarks.peers` (`--only TASK` for a part); raw numbers in `peers.json`. CPU seconds of one
 thread, libraries in turns, each turn in a fresh process that has run a toy problem before. *seconds* is the median over
 turns (least-most); *to ours* is the median of each turn's ratio to our time (above 1: ours is faster); *memory* is the
-peak above what the process held before. *agrees* compares a result with ours, so that the same work is compared; Lanczos
-runs start from different probes, and agree as far as they have converged. Turns of more than 10 s are fewer: two, and one
-for a library that is not the best of the others. Dates come with the load average when a table was finished: above 1 the
-machine was shared, and the numbers are preliminary.
+peak above what the process held before. *agrees* compares a result with ours, so that the same work is compared;
+Lanczos runs start from different probes, and agree as far as they have converged. Turns of more than 10 s are fewer:
+two, and one for a library that is not the best of the others. Dates come with the load average when a table was
+finished: well above 1, the machine was shared, and the numbers are preliminary.
 
 Every line: our ratio to the best of the others, least and most over the turns in brackets.
 """
