@@ -137,6 +137,7 @@ def draw(series: Sequence[Series], found: Sequence[dict[str, Any]], path: Path) 
 
     matplotlib.use("agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import NullFormatter
 
     figure, axes = pyplot.subplots(2, 3, figsize=(12, 7), sharey="row", layout="constrained")
     colours = dict(zip(NAMES, ("C0", "C1", "C2", "C3"), strict=True))
@@ -154,6 +155,7 @@ def draw(series: Sequence[Series], found: Sequence[dict[str, Any]], path: Path) 
                     at, values[-1] * (at / at[-1]) ** bound, ":", color=colours[one.kind], label=f"slope {bound:g}"
                 )
             panel.set_xlabel(name)
+            panel.xaxis.set_minor_formatter(NullFormatter())
             if panel.lines:
                 panel.legend(fontsize=7)
         axes[row, 0].set_ylabel("CPU seconds" if what == "seconds" else "peak memory, MB")

@@ -150,9 +150,11 @@ def test_accuracy_from_study_to_page() -> None:
     assert "| 16 | ours |" in text
     assert "time to an error" in text
     # The exact spectrum is always one of ours; two probes share the set-up.
-    assert math.isfinite(accuracy.our_seconds(study, times["ours"], 0)[0])
+    assert math.isfinite(accuracy.cheapest(accuracy.our_costs(study, times["ours"], 0))[0])
     sure = study | {"plain": {"2 x 8": [0.0] * 5}}
-    assert accuracy.peer_seconds(sure, times["pyhessian"], 0)[0] == pytest.approx(1.9)
+    costs = accuracy.peer_costs(sure, times["pyhessian"], 0)
+    assert accuracy.on_all([costs]) == (pytest.approx(1.9), "2 x 8")
+    assert accuracy.on_each([costs, costs, {"1 x 8": (0.5, 1.0)}])[0] == pytest.approx(1.9)
 
 
 def test_plain_and_our_reading_agree_when_all_is_resolved() -> None:

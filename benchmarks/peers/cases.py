@@ -45,8 +45,8 @@ EXACT = ("ours", "vivit", "backpack")
 COUNTS = ("ours", "ours-dual", "vivit")
 
 FULL = [
-    *_of("ggn", EXACT, "mlp-20", "mlp-100", "mlp-250", "mlp-500", "small-500", "cnn-50"),
-    *_of("ggn", EXACT, "resnet18-64", "transformer-32"),
+    *_of("ggn", EXACT, "mlp-20", "mlp-500", "cnn-50", "resnet18-64", "transformer-32"),
+    *_of("ggn", ("ours", "vivit"), "mlp-100", "mlp-250", "small-500"),
     *_of("counts", COUNTS, "mlp-100", "mlp-250"),
     *_of("counts", (*COUNTS, "pyhessian", "curvlinops", "eigenthings"), "mlp-500"),
     *_of("hessian", HESSIAN_PEERS, "mlp-500", "mlp-100", "small-500", "tiny-40", steps=100),
