@@ -288,8 +288,8 @@ def report(found: dict[str, Any], plan: Plan) -> str:
         f"## CPU time to an error of {TARGET:.0%}\n\nThe cheapest of the settings measured, probes x steps, with each "
         "library's own seconds in float32 on the same network (last of the rounds), its set-up counted once. Ours "
         "includes reading the estimate with its interval, and counts only where the value is given in 95 % of the "
-        "runs; the exact spectrum is one of our settings. A short run can be right by accident, and who does not know the "
-        "truth cannot choose by network: *one setting* is that whose median error over the networks is within "
+        "runs; the exact spectrum is one of our settings. A short run can be right by accident, and who does not know "
+        "the truth cannot choose by network: *one setting* is that whose median error over the networks is within "
         f"{TARGET:.0%}.",
         time_table(studies, times),
         auto_note(times),

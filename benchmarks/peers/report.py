@@ -31,7 +31,7 @@ NAMES = {
     "pyhessian": "PyHessian, one batch (graph kept)",
     "pyhessian-loader": "PyHessian, loader of 5 batches",
     "eigenthings": "hessian-eigenthings",
-    "curvlinops": "curvlinops",
+    "curvlinops": "curvlinops (does not reorthogonalise)",
     "vivit": "ViViT (float32)",
     "backpack": "BackPACK SqrtGGNExact rows",
     "gemm": "the matrix products alone",

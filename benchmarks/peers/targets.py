@@ -47,6 +47,7 @@ class Target:
 RESNET = "ggn: resnet18-64"
 OURS = ("ours", "ours-dual", "lightning_plasticity")
 LANCZOS = ("pyhessian", "curvlinops", "eigenthings")
+REORTHOGONALISE = ("pyhessian", "eigenthings")
 PENALTY = {"own": "lightning_plasticity"}
 
 TARGETS = (
@@ -61,7 +62,9 @@ TARGETS = (
     Target("GGN counts or density, MLP, N=250, over the best exact", "counts: mlp-250", 0, "ours-dual", ("vivit",)),
     Target("GGN density, MLP, N=500, over the best m=100 Lanczos run", "counts: mlp-500", 10, "ours-dual", LANCZOS),
     Target("Hessian m=100, MLP, N=500", "hessian: mlp-500, m=100", 1.25),
+    Target("the same, over those that reorthogonalise", "hessian: mlp-500, m=100", 0, "ours", REORTHOGONALISE),
     Target("Hessian m=100, MLP, N=100 = width/10", "hessian: mlp-100, m=100", 5),
+    Target("the same, over those that reorthogonalise", "hessian: mlp-100, m=100", 0, "ours", REORTHOGONALISE),
     Target("Hessian m=10, ResNet-18, N=64", "hessian: resnet18-64, m=10", 1.0),
     Target("Hessian m=100, tiny MLP, N=40", "hessian: tiny-40, m=100", 4),
     Target("Hessian m=100, small MLP, N=500", "hessian: small-500, m=100", 4),
