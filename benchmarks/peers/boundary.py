@@ -29,7 +29,6 @@ PAPER = 1  # the batch size of Dohare et al. 2024 and of Prakash et al. 2026 on 
 MAX_SHARE, MAX_MEMORY = 0.03, 4.0
 MONITORS: dict[str, Callable[[], list[Any]]] = {
     "both monitors": lambda: [HessianSpectrumMonitor(), FeatureRankMonitor()],
-    "HessianSpectrumMonitor": lambda: [HessianSpectrumMonitor()],
     "HessianSpectrumMonitor(quantities=('ggn',))": lambda: [HessianSpectrumMonitor(quantities=("ggn",))],
     "FeatureRankMonitor": lambda: [FeatureRankMonitor()],
 }
