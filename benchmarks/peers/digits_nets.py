@@ -18,11 +18,9 @@ DEAD = 0.6
 
 @dataclass(frozen=True)
 class Truth:
-    """A network, and all of its Hessian on the coordinates whose rows are not zero."""
+    """All of a network's Hessian on the coordinates whose rows are not zero."""
 
     name: str
-    model: nn.Module
-    data: tuple[Tensor, Tensor]
     eigenvalues: Tensor  # (d,)
     vectors: Tensor  # (d, d), by columns
     live: Tensor  # (P,) bool
@@ -91,14 +89,19 @@ NETWORKS: dict[str, tuple[Callable[[int], nn.Sequential], int]] = {
 }
 
 
-def exact(name: str, width: int) -> Truth:
+def network(name: str, width: int) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    """The same every time, in float64, and the data it is measured on."""
     build, seed = NETWORKS[name]
-    model, data = build(width), _data(seed)
+    return build(width), _data(seed)
+
+
+def exact(name: str, width: int) -> Truth:
+    model, data = network(name, width)
     loss = F.cross_entropy(model(data[0]), data[1])
     operator = HessianOperator([loss], [1.0], list(model.parameters()))
     live = operator.live_coordinates(torch.Generator().manual_seed(0))
     values, vectors = torch.linalg.eigh(operator.dense(live))
-    return Truth(name, model, data, values, vectors, live)
+    return Truth(name, values, vectors, live)
 
 
 def _data(seed: int) -> tuple[Tensor, Tensor]:

@@ -59,6 +59,7 @@ def resnet18() -> nn.Module:
     from torchvision.models import resnet18 as build
 
     model = build(num_classes=10)
+    model.avgpool = nn.AvgPool2d(1)  # the same here, where the last map is 1 x 1, and BackPACK knows it
     with torch.no_grad():
         for _ in range(5):
             model(torch.randn(32, 3, 32, 32))

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.peers.cases import TITLES
 from benchmarks.peers.problems import ABOUT
+from benchmarks.peers.targets import TARGETS, Line, judge, ratios, spread, summary
 
 LIBRARIES = (
     "lightning-plasticity",
@@ -25,11 +26,12 @@ LIBRARIES = (
 )
 NAMES = {
     "ours": "**lightning_plasticity**",
+    "ours-dual": "**lightning_plasticity**, Lanczos on the Gram matrix, m=100",
     "lightning_plasticity": "**lightning_plasticity**",
     "pyhessian": "PyHessian, one batch (graph kept)",
     "pyhessian-loader": "PyHessian, loader of 5 batches",
     "eigenthings": "hessian-eigenthings",
-    "curvlinops": "curvlinops",
+    "curvlinops": "curvlinops (does not reorthogonalise)",
     "vivit": "ViViT (float32)",
     "backpack": "BackPACK SqrtGGNExact rows",
     "gemm": "the matrix products alone",
@@ -39,9 +41,12 @@ HEAD = """# Next to other libraries
 Written by `python -m benchmarks.peers` (`--only TASK` for a part); raw numbers in `peers.json`. CPU seconds of one
 thread, libraries in turns, each turn in a fresh process that has run a toy problem before. *seconds* is the median over
 turns (least-most); *to ours* is the median of each turn's ratio to our time (above 1: ours is faster); *memory* is the
-peak above what the process held before. *agrees* compares a result with ours, so that the same work is compared.
-Dates come with the load average when a table was finished: well above 1, the machine was shared, and the numbers are
-preliminary.
+peak above what the process held before. *agrees* compares a result with ours, so that the same work is compared;
+Lanczos runs start from different probes, and agree as far as they have converged. Turns of more than 10 s are fewer:
+two, and one for a library that is not the best of the others. Dates come with the load average when a table was
+finished: well above 1, the machine was shared, and the numbers are preliminary.
+
+Every line: our ratio to the best of the others, least and most over the turns in brackets.
 """
 
 
@@ -69,27 +74,33 @@ def _cpuinfo() -> list[str]:
         return []
 
 
-def render(results: dict[str, Any]) -> str:
+def render(results: dict[str, Any], lines: list[Line]) -> str:
     """Everything as Markdown, tasks in their order."""
-    parts = [HEAD, "\n".join(f"- `{name}`: {about}" for name, about in ABOUT.items())]
+    parts = [
+        HEAD + "\n" + summary(lines),
+        "## Networks",
+        "\n".join(f"- `{name}`: {about}" for name, about in ABOUT.items()),
+    ]
     machines = sorted({found["machine"].split(" (load")[0] for found in results.values() if "machine" in found})
     libraries = sorted({found["machine"].split("; ", 1)[1] for found in results.values() if "machine" in found})
     parts += [f"Machine: {one}." for one in machines] + [f"Versions: {one}." for one in libraries]
     for task, title in TITLES.items():
         mine = {key.split(": ", 1)[1]: found for key, found in results.items() if key.split(":")[0] == task}
         if mine:
-            parts += [f"## {title}", *(table(name, found) for name, found in mine.items())]
+            parts += [f"## {title}", *(table(task, name, found) for name, found in mine.items())]
     return "\n\n".join(parts) + "\n"
 
 
-def table(name: str, found: dict[str, Any]) -> str:
+def table(task: str, name: str, found: dict[str, Any]) -> str:
     """One case."""
     rows = found["rows"]
     own = rows.get("ours") or rows.get("lightning_plasticity")
     when = f" ({found['when']}, {_load(found['machine'])})" if "when" in found else ""
     lines = [f"### {name}{when}", ""]
-    if summary := _summary(rows, own):
-        lines += [summary, ""]
+    for target in (target for target in TARGETS if target.case == f"{task}: {name}"):
+        line = judge(target, rows)
+        verdict = "" if line.met is None else (": met" if line.met else ": missed")
+        lines += [f"{line.what}: {line.measured}, target {line.target}{verdict}.", ""]
     lines += ["| | seconds | to ours | memory, MB | result | agrees |", "|---|---|---|---|---|---|"]
     order = sorted(rows, key=lambda key: statistics.median(rows[key].get("seconds", [float("inf")])))
     return "\n".join(lines + [_row(key, rows[key], own) for key in order])
@@ -100,29 +111,20 @@ def _load(about: str) -> str:
     return "load " + about.split("(load ", 1)[1].split(",", 1)[0]
 
 
-def _summary(rows: dict[str, Any], own: dict[str, Any] | None) -> str:
-    others = {key: row["seconds"] for key, row in rows.items() if row is not own and "seconds" in row and key != "gemm"}
-    if not own or "seconds" not in own or not others:
-        return ""
-    best = min(others, key=lambda key: statistics.median(others[key]))
-    ratio = _ratios(others[best], own["seconds"])
-    text = f"Best of the others: {NAMES.get(best, best)}; its time over ours: {ratio}."
-    if "seconds" in rows.get("gemm", {}):
-        text += f" Ours over the matrix products alone: {_ratios(own['seconds'], rows['gemm']['seconds'])}."
-    return text
-
-
 def _row(key: str, row: dict[str, Any], own: dict[str, Any] | None) -> str:
     name = NAMES.get(key, key)
     if "failed" in row:
         return f"| {name} | {row['failed']} | | | | |"
-    ratio = _ratios(row["seconds"], own["seconds"]) if own and "seconds" in own and row is not own else ""
+    if "seconds" not in row:
+        return f"| {name} | | | {row['peak_mb'][0]:.0f} | | |"
+    ratio = spread(ratios(row["seconds"], own["seconds"])) if own and "seconds" in own and row is not own else ""
     memory = f"{statistics.median(row['peak_mb']):.0f}" if row.get("peak_mb") else ""
     check = row.get("check", {})
     result = ", ".join(f"{what} {value:.6g}" for what, value in check.items())
     agreement = _agreement(check, own.get("check", {})) if own and row is not own else ""
-    note = "; ".join(part for part in (agreement, row.get("note", "")) if part)
-    return f"| {name} | {_spread(row['seconds'])} | {ratio} | {memory} | {result} | {note} |"
+    turns = "one turn" if len(row["seconds"]) == 1 and own and len(own.get("seconds", ())) > 1 else ""
+    note = "; ".join(part for part in (agreement, row.get("note", ""), turns) if part)
+    return f"| {name} | {spread(row['seconds'], '.3g')} | {ratio} | {memory} | {result} | {note} |"
 
 
 def _agreement(check: dict[str, float], own: dict[str, float]) -> str:
@@ -130,16 +132,3 @@ def _agreement(check: dict[str, float], own: dict[str, float]) -> str:
     common = [key for key in check if key in own]
     found = [f"{key} to {abs(check[key] - own[key]) / max(abs(own[key]), 1e-300):.0e}" for key in common]
     return ", ".join(found)
-
-
-def _ratios(values: list[float], base: list[float]) -> str:
-    ratios = [value / own for value, own in zip(values, base, strict=False)]
-    if len(ratios) == 1:
-        return f"{ratios[0]:.2f}"
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
-
-
-def _spread(seconds: list[float]) -> str:
-    if len(seconds) == 1:
-        return f"{seconds[0]:.3g}"
-    return f"{statistics.median(seconds):.3g} ({min(seconds):.3g}-{max(seconds):.3g})"

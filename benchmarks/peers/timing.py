@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import statistics
 import time
@@ -15,9 +16,16 @@ def cpu_seconds(function: Callable[[], Any]) -> float:
     return time.process_time() - started
 
 
-def max_rss_mb() -> float:
-    """The most memory this process has held so far (Linux counts in kilobytes)."""
+def peak_mb() -> float:
+    """The most memory this process has held since it started or since ``memory_mb`` (Linux counts in kilobytes)."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def memory_mb() -> float:
+    """What this process holds now; ``peak_mb`` counts from here, where Linux lets a process forget its peak."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return peak_mb()
 
 
 def repeated(function: Callable[[], Any], first: float, min_seconds: float, max_calls: int = 1000) -> float:

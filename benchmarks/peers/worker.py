@@ -7,6 +7,7 @@ import resource
 import sys
 import warnings
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,14 +16,24 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from benchmarks.peers import problems
 from benchmarks.peers.adapters import NotApplicableError, Peer, load
 from benchmarks.peers.cases import EPS
-from benchmarks.peers.timing import cpu_seconds, max_rss_mb, repeated
+from benchmarks.peers.timing import cpu_seconds, memory_mb, peak_mb, repeated
 
+# Tasks that need no adapter: (module, function), called with the job's arguments.
+OWN = {
+    "penalty": ("peers.ranks", "penalty"),
+    "streaming": ("peers.ranks", "streaming"),
+    "boundary": ("peers.boundary", "boundary"),
+    "step-memory": ("peers.boundary", "step_memory"),
+    "measurement-memory": ("peers.boundary", "measurement_memory"),
+    "run-times": ("peers.run_times", "run_times"),
+    "growth": ("growth_points", "point"),
+}
 MAX_BYTES = 12 * 2**30  # a library that leaks must not take the machine with it
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
     """``{"seconds", "peak_mb", "check"}``, or ``{"failed": why}``."""
-    if job["task"] in ("penalty", "streaming", "boundary"):
+    if job["task"] in OWN:
         return _own_measurement(job)
     try:
         peer = load(job["peer"])
@@ -44,7 +55,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _measure(job: dict[str, Any], task: Any, problem: problems.Problem) -> dict[str, Any]:
-    before, check = max_rss_mb(), {}
+    before, check = memory_mb(), {}
     if job["task"] == "product":
         dtype = next(problem.model.parameters()).dtype
         vector = torch.randn(problem.num_params, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -61,12 +72,12 @@ def _measure(job: dict[str, Any], task: Any, problem: problems.Problem) -> dict[
         check.update(task(problem, *arguments))
 
     first = cpu_seconds(call)
-    peak = max_rss_mb()
+    peak = peak_mb()
     return _result(repeated(call, first, job["min_seconds"], max_calls=50), before, check, peak)
 
 
 def _result(seconds: float, before: float, check: dict[str, float], peak: float | None = None) -> dict[str, Any]:
-    return {"seconds": seconds, "peak_mb": (max_rss_mb() if peak is None else peak) - before, "check": check}
+    return {"seconds": seconds, "peak_mb": (peak_mb() if peak is None else peak) - before, "check": check}
 
 
 def _warm_up(peer: Peer, job: dict[str, Any]) -> None:
@@ -78,15 +89,13 @@ def _warm_up(peer: Peer, job: dict[str, Any]) -> None:
         multiply(torch.randn(small.num_params, dtype=torch.float64))
     else:
         arguments = {"hessian": (3,), "counts": (EPS,)}.get(job["task"], ())
-        if not (job["task"] == "counts" and peer.ggn is None):  # those that run 100 steps warm up on the way
-            getattr(peer, job["task"])(small, *arguments)
+        getattr(peer, job["task"])(small, *arguments)
 
 
 def _own_measurement(job: dict[str, Any]) -> dict[str, Any]:
-    from benchmarks.peers import boundary, ranks
-
-    measure = {"penalty": ranks.penalty, "streaming": ranks.streaming, "boundary": boundary.boundary}[job["task"]]
-    return measure(job["problem"], job["rounds"], job["min_seconds"])
+    module, function = OWN[job["task"]]
+    measure = getattr(import_module(f"benchmarks.{module}"), function)
+    return measure(**job["arguments"])
 
 
 def main() -> None:

@@ -27,16 +27,13 @@ class Peer:
     """What a library offers.
 
     Attributes:
-        title: how tables call it.
-        distribution: name on the package index, for its version.
         hessian: (problem, num_steps) -> {"lambda_max"} of one Lanczos run from one probe.
         product: problem -> function (P,) -> (P,) with one Hessian-vector product.
         ggn: problem -> {"lambda_max", "trace"} of the exact GGN spectrum.
-        counts: (problem, relative eps) -> {"lambda_max", "count"}: GGN eigenvalues above eps times the largest.
+        counts: (problem, relative eps) -> {"lambda_max", "count"}: GGN eigenvalues above eps times the largest, or an
+            estimate of their number from one probe (PyHessian's is of the Hessian, the only matrix it has).
     """
 
-    title: str
-    distribution: str
     hessian: Callable[[Problem, int], Check] | None = None
     product: Callable[[Problem], Callable[[Tensor], Any]] | None = None
     ggn: Callable[[Problem], Check] | None = None
@@ -46,6 +43,7 @@ class Peer:
 # Modules are imported in the process that runs them, so that a library that is missing fails alone.
 MODULES = {
     "ours": "ours:PEER",
+    "ours-dual": "ours:DUAL",
     "pyhessian": "pyhessian:KEPT",
     "pyhessian-loader": "pyhessian:LOADER",
     "eigenthings": "eigenthings:PEER",

@@ -27,4 +27,4 @@ def ggn(problem):
     return {"lambda_max": float(values.max()), "trace": float(values.sum())}
 
 
-PEER = Peer("BackPACK rows", "backpack-for-pytorch", ggn=ggn)
+PEER = Peer(ggn=ggn)

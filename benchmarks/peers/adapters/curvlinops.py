@@ -37,4 +37,4 @@ def counts(problem, eps):
     return {"lambda_max": top, "count": float(problem.num_params * vectors[0].square()[nodes > eps * top].sum())}
 
 
-PEER = Peer("curvlinops", "curvlinops-for-pytorch", hessian=hessian, product=product, counts=counts)
+PEER = Peer(hessian=hessian, product=product, counts=counts)

@@ -28,4 +28,4 @@ def product(problem):
     return multiply
 
 
-PEER = Peer("matrix products alone", "torch", product=product)
+PEER = Peer(product=product)

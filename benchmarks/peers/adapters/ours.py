@@ -2,9 +2,11 @@
 
 from torch.nn import functional as F
 
-from benchmarks.peers.adapters import Peer
+from benchmarks.peers.adapters import NotApplicableError, Peer
 from lightning_plasticity.curvature import HessianOperator, ggn_spectrum, hessian_spectrum
 from lightning_plasticity.nn import undisturbed
+
+DUAL_STEPS = 100
 
 
 def hessian(problem, num_steps):
@@ -30,4 +32,15 @@ def counts(problem, eps):
     return {"lambda_max": spectrum.lambda_max().value, "count": count.value}
 
 
-PEER = Peer("lightning_plasticity", "lightning-plasticity", hessian, product, ggn, counts)
+def dual(problem, eps):
+    """Lanczos on the Gram matrix, the GGN's dual: a density and its counts without decomposing anything large."""
+    about = {"max_rows": None, "method": "lanczos", "num_steps": DUAL_STEPS}
+    try:
+        spectrum = ggn_spectrum(problem.model, F.cross_entropy, problem.data, **about)
+    except TypeError as error:
+        raise NotApplicableError(f"this version has no method='lanczos' for the GGN: {error}") from error
+    return {"lambda_max": spectrum.lambda_max().value, "count": spectrum.epsilon_rank(eps, relative=True).value}
+
+
+PEER = Peer(hessian, product, ggn, counts)
+DUAL = Peer(counts=dual)

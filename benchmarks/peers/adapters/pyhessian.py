@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from benchmarks.peers.adapters import Peer
 
 LOADER_BATCHES = 5
+COUNT_STEPS = 100
 
 
 def eig(matrix, eigenvectors=False):
@@ -39,8 +40,18 @@ def _without_gradients(problem):
 
 def _density(measure, num_steps):
     torch.eig = eig
-    nodes, _ = measure.density(iter=num_steps, n_v=1)
-    return {"lambda_max": float(max(nodes[0]))}
+    nodes, weights = measure.density(iter=num_steps, n_v=1)
+    return torch.tensor(nodes[0]), torch.tensor(weights[0])
+
+
+def _hessian(measure, num_steps):
+    return {"lambda_max": float(_density(measure, num_steps)[0].max())}
+
+
+def _counts(problem, eps):
+    nodes, weights = _density(_kept(problem), COUNT_STEPS)
+    top = float(nodes.max())
+    return {"lambda_max": top, "count": float(problem.num_params * weights[nodes.abs() > eps * top].sum())}
 
 
 def _split(measure, vector):
@@ -59,14 +70,11 @@ def _loader_product(problem):
 
 
 KEPT = Peer(
-    "PyHessian, one batch",
-    "pyhessian",
-    hessian=lambda problem, num_steps: _density(_kept(problem), num_steps),
+    hessian=lambda problem, num_steps: _hessian(_kept(problem), num_steps),
     product=_kept_product,
+    counts=_counts,
 )
 LOADER = Peer(
-    f"PyHessian, {LOADER_BATCHES} batches",
-    "pyhessian",
-    hessian=lambda problem, num_steps: _density(_loader(problem), num_steps),
+    hessian=lambda problem, num_steps: _hessian(_loader(problem), num_steps),
     product=_loader_product,
 )

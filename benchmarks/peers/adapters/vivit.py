@@ -56,4 +56,4 @@ def counts(problem, eps):
     return {"lambda_max": top, "count": float((values > eps * top).sum())}
 
 
-PEER = Peer("ViViT", "vivit-for-pytorch", ggn=ggn, counts=counts)
+PEER = Peer(ggn=ggn, counts=counts)

@@ -1,0 +1,189 @@
+"""The benchmarks on toy sizes, so that they do not rot; other libraries only where they are installed."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+# What other libraries warn about is not ours to mend, and the worker of the benchmarks ignores it too.
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+PACKAGES = {
+    "ours": "torch",
+    "ours-dual": "torch",
+    "gemm": "torch",
+    "pyhessian": "pyhessian",
+    "pyhessian-loader": "pyhessian",
+    "eigenthings": "hessian_eigenthings",
+    "curvlinops": "curvlinops",
+    "vivit": "vivit",
+    "backpack": "backpack",
+}
+TASKS = [
+    ("ggn", "ours"),
+    ("ggn", "vivit"),
+    ("ggn", "backpack"),
+    ("counts", "ours"),
+    ("counts", "ours-dual"),
+    ("counts", "vivit"),
+    ("counts", "pyhessian"),
+    ("hessian", "ours"),
+    ("hessian", "pyhessian"),
+    ("hessian", "curvlinops"),
+    ("hessian", "eigenthings"),
+    ("product", "ours"),
+    ("product", "gemm"),
+    ("product", "pyhessian-loader"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def module(name: str) -> Any:
+    return importlib.import_module(f"benchmarks.{name}")
+
+
+# Next to other libraries
+
+
+@pytest.mark.parametrize(("task", "peer"), TASKS)
+def test_a_library_does_a_task(task: str, peer: str) -> None:
+    pytest.importorskip(PACKAGES[peer])
+    job = {"task": task, "peer": peer, "problem": "tiny-8", "steps": 5, "min_seconds": 0.0}
+    found = module("peers.worker").run(job)
+    if peer == "ours-dual" and "no method" in found.get("failed", ""):
+        pytest.skip(found["failed"])
+    assert found["seconds"] >= 0
+    assert peer == "gemm" or all(math.isfinite(value) for value in found["check"].values())
+
+
+def test_every_case_is_one_that_its_libraries_know() -> None:
+    cases, adapters, problems = module("peers.cases"), module("peers.adapters"), module("peers.problems")
+    for case in cases.FULL + cases.QUICK:
+        assert set(case.peers) <= set(adapters.MODULES)
+        assert not case.peers or case.problem.split("-")[0] in problems.NETWORKS
+
+
+def test_every_target_has_its_case() -> None:
+    known = {case.key: case for case in module("peers.cases").FULL}
+    for target in module("peers.targets").TARGETS:
+        assert target.case in known, target
+        peers = known[target.case].peers
+        assert not peers or {target.own, *target.against} <= set(peers), target
+
+
+def rows(**seconds: list[float]) -> dict[str, Any]:
+    return {name: {"seconds": values, "peak_mb": [1.0], "check": {}} for name, values in seconds.items()}
+
+
+def test_a_verdict_is_on_the_best_of_the_others_turn_by_turn() -> None:
+    targets = module("peers.targets")
+    found = rows(ours=[1.0, 2.0, 1.0], vivit=[3.0, 4.0, 2.0], backpack=[9.0], gemm=[0.1, 0.1, 0.1])
+    line = targets.judge(targets.Target("a", "ggn: x", 1.5), found)
+    assert (line.measured, line.met) == ("2.00 (2.00-3.00)x (vivit)", True)
+    assert targets.judge(targets.Target("a", "ggn: x", 2.5), found).met is False
+    limit = targets.judge(targets.Target("a", "ggn: x", 12.0, "ours", ("gemm",), True), found)
+    assert (limit.measured, limit.met) == ("10.00 (10.00-20.00)x (gemm)", True)
+    assert targets.judge(targets.Target("a", "ggn: x", 1.5, "ours-dual"), found).met is False
+    assert targets.judge(targets.Target("a", "ggn: x", 1.5), rows(ours=[1.0])).met is None
+
+
+def test_slow_libraries_get_one_turn() -> None:
+    turns = module("peers.run").turns
+    found = rows(ours=[30.0], pyhessian=[40.0], curvlinops=[90.0], vivit=[1.0]) | {"backpack": {"failed": "memory"}}
+    assert turns("vivit", found, 3) == 3
+    assert turns("ours", found, 3) == 2
+    assert turns("curvlinops", found, 3) == 1
+    assert turns("backpack", found, 3) == 0
+    assert turns("eigenthings", found, 3) == 3
+
+
+def test_tables_are_written(tmp_path: Path) -> None:
+    run, report = module("peers.run"), module("peers.report")
+    about = {"when": "2026-01-01", "machine": report.machine()}
+    results = {
+        "ggn: mlp-500": {"rows": rows(ours=[1.0], vivit=[2.0]) | {"backpack": {"failed": "too large"}}} | about,
+        "boundary: mlp": {"rows": {"memory": {"peak_mb": [3.0]}}, "lines": []} | about,
+    }
+    run.write(results, tmp_path)
+    text = (tmp_path / "peers.md").read_text()
+    assert "| exact GGN spectrum, MLP, N=500 | >= 1.5x | 2.00x (vivit) | met |" in text
+    assert "too large" in text
+
+
+@pytest.mark.parametrize(("kind", "size"), [("penalty", "8x12"), ("streaming", "500x8")])
+def test_ranks(kind: str, size: str) -> None:
+    found = getattr(module("peers.ranks"), kind)(size, 1, 0.0)
+    values = [row["check"]["effective rank"] for row in found["rows"].values()]
+    torch.testing.assert_close(torch.tensor(values), torch.full((len(values),), values[0]))
+
+
+def test_boundary_measures_start_and_end() -> None:
+    boundary = module("peers.boundary")
+    found = boundary._task("tiny", boundary.MONITORS["FeatureRankMonitor"]())
+    assert len(found["seconds"]) == 2
+    assert boundary._epoch("tiny", 64, 0.0) > 0
+    assert boundary.step_memory("tiny", 4)["peak_mb"] >= 0
+
+
+# Accuracy and growth
+
+
+def test_accuracy_from_study_to_page() -> None:
+    accuracy = module("peers.accuracy")
+    plan = accuracy.Plan(6, 4, (8, 16), (1, 2), (16,), ("60 % dead",), 1, 0.0)
+    study = module("peers.estimates").study("60 % dead", 6, 4, plan.steps, plan.probes, plan.table)
+    times = {"ours": module("peers.run_times").run_times("ours", plan.names, 6, plan.steps, 0.0)}
+    times["pyhessian"] = {"60 % dead": {"run": {"2": 0.1, "8": 1.0, "16": 2.0}}}
+    found = {"studies": [study], "rounds": [times], "machine": "here"}
+    text = accuracy.report(found, plan)
+    assert "| 16 | ours |" in text
+    assert "time to an error" in text
+    # The exact spectrum is always one of ours; two probes share the set-up.
+    assert math.isfinite(accuracy.cheapest(accuracy.our_costs(study, times["ours"], 0))[0])
+    sure = study | {"plain": {"2 x 8": [0.0] * 5}}
+    costs = accuracy.peer_costs(sure, times["pyhessian"], 0)
+    assert accuracy.on_all([costs]) == (pytest.approx(1.9), "2 x 8")
+    assert accuracy.on_each([costs, costs, {"1 x 8": (0.5, 1.0)}])[0] == pytest.approx(1.9)
+
+
+def test_plain_and_our_reading_agree_when_all_is_resolved() -> None:
+    estimates, nets = module("peers.estimates"), module("peers.digits_nets")
+    truth = nets.Truth("diagonal", torch.tensor([4.0, 2.0, 0.5]).double(), torch.eye(3).double(), torch.ones(3).bool())
+    true = estimates.true_values(truth)[:5]
+    shares = estimates.plain_shares(estimates.plain_run(truth, 0, 3), 3, truth)
+    # A Rademacher probe weighs the eigenvectors of a diagonal matrix alike: the quadrature is the spectrum itself.
+    errors = estimates.plain_errors(np.array([shares]), 2, 3, true)
+    assert max(errors) < 1e-9
+    ours = estimates.our_values(estimates.our_spectrum(estimates.our_run(truth, 0, 3), 3, truth), truth)
+    assert ours == pytest.approx(true)
+
+
+@pytest.mark.parametrize("kind", ["hessian", "ggn", "product", "sweeps"])
+def test_a_point_of_growth(kind: str) -> None:
+    found = module("growth_points").point(kind, 1e3, 8, 3, 0.0)
+    assert found["params"] == pytest.approx(1e3, rel=0.2)
+    assert found["seconds"] > 0
+
+
+def test_growth_finds_slopes(tmp_path: Path) -> None:
+    growth = module("growth")
+    points = [{"at": x, "seconds": x**2, "peak_mb": 1.0} for x in (10.0, 20.0, 40.0, 80.0)]
+    assert growth.slope(points, "seconds") == pytest.approx(2.0)
+    series = (growth.Series("hessian", "steps", (10, 20, 40, 80), 2, 1, "m^2 P"),)
+    found = [{"kind": "hessian", "axis": "steps", "points": points, "failed": ""}]
+    time, memory = growth.lines(series, found)
+    assert time.met is True
+    assert memory.met is None
+    growth.draw(series, found, tmp_path / "growth.png")
+    assert "slope 2.00" in growth.report(series, {"series": found, "machine": "here"})
