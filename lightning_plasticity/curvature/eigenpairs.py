@@ -110,7 +110,7 @@ def hessian_eigenpairs(
     measured = Measured(model, as_batches(data, model), loss_fn, params, mode, seed)
     parameters = measured.parameters()
     names = {parameter: name for name, parameter in model.named_parameters()}
-    with opened(measured, parameters, torch.Generator().manual_seed(seed), in_range=False) as problem:
+    with opened(measured, parameters, torch.Generator().manual_seed(seed), in_range=0) as problem:
         operator, live, num_samples = problem.operator, problem.live, problem.num_samples
         found, scale, method = _live_pairs(operator, live, k, which, tol, max_products, seed)
         vectors = _with_dead(found, live.cpu().numpy(), k, which).to(operator.device, operator.dtype)

@@ -44,7 +44,8 @@ def measure_hessian(
         plan = plan_hessian(measured, parameters, num_steps, budget)
     measured = measured.first(plan.num_samples)
     generator = torch.Generator().manual_seed(measured.seed)
-    with opened(measured, parameters, generator, chunk=plan.chunk, in_range=method != "exact") as problem:
+    in_range = num_steps if method != "exact" else 0
+    with opened(measured, parameters, generator, chunk=plan.chunk, in_range=in_range) as problem:
         operator, live = problem.operator, problem.num_live
         exact = method == "exact" or (method == "auto" and live <= exact_limit) or not live
         quadrature: LanczosQuadrature | None = None

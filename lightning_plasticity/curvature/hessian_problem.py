@@ -22,7 +22,7 @@ from lightning_plasticity.curvature.samples import in_parts
 from lightning_plasticity.linalg.lanczos import Matvec
 from lightning_plasticity.nn.batches import join_batches
 
-MIN_SPEEDUP = 1.3  # from which the route through the Hessian's range is taken
+MIN_SPEEDUP = 1.1  # from which the route through the Hessian's range is taken
 MOSTLY_LIVE = 0.8  # share of live coordinates above which the vectors keep the dead ones, as zeros
 MAX_ASYMMETRY = 1e-2
 ROUNDING_MARGIN = 10.0  # products this many times as large as rounding have to be symmetric
@@ -132,7 +132,7 @@ def opened(
     generator: torch.Generator,
     *,
     chunk: int | None = None,
-    in_range: bool = True,
+    in_range: int = 100,
 ) -> Iterator[HessianProblem]:
     """The problem, inside the undisturbed context.
 
@@ -141,7 +141,7 @@ def opened(
         parameters: the coordinates.
         generator: of the probe.
         chunk: samples whose graph may be held at a time: products make graphs anew; None keeps all of them.
-        in_range: whether to look for the route through the Hessian's range.
+        in_range: products in which the route through the Hessian's range has to pay for itself; 0 for not taking it.
     """
     if chunk is not None:
         with _rebuilt(measured, parameters, generator, chunk) as problem:
@@ -149,14 +149,14 @@ def opened(
         return
     measured = joined(measured)
     with measured.open() as closure:
-        look = in_range and len(measured.batches) == 1 and _only_linear(measured.module, parameters)
+        look = in_range > 0 and len(measured.batches) == 1 and _only_linear(measured.module, parameters)
         with LayerTaps(measured.module) if look else nullcontext() as taps:
             evaluations = [closure(batch, index) for index, batch in enumerate(measured.batches)]
         losses = [evaluation.loss for evaluation in evaluations]
         operator = HessianOperator(losses, shares_of(evaluations), parameters)
         probe, product = operator.probe(generator)
         reduced = None
-        if taps is not None and estimated_speedup(taps, parameters) >= MIN_SPEEDUP:
+        if taps is not None and estimated_speedup(taps, parameters, in_range) >= MIN_SPEEDUP:
             reduced = range_operator(evaluations[0].loss, taps, parameters, probe, product)
         yield HessianProblem(operator, probe, product, reduced, evaluations)
 

@@ -16,20 +16,22 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class RowBasis:
-    """``rows = left @ basis`` with ``basis`` (r, d) orthonormal and ``left`` (N, r)."""
+    """``rows = left @ basis`` with ``basis`` (r, d) orthonormal and ``left`` (N, r); None is the identity."""
 
     left: Tensor
-    basis: Tensor
+    basis: Tensor | None
 
     @classmethod
     def of(cls, rows: Tensor) -> RowBasis:
-        """The basis of (N, d) rows, without directions that are rounding.
+        """The basis of (N, d) rows, without directions that are rounding; all of the space for d rows or more.
 
         Each row is brought to length 1 first, which leaves their span as it is. A direction counts when its singular
         value then exceeds eps of the rows' dtype times the largest: dropping the others changes each sample's row, and
         its part of a product, by no more than rounding does, also where another sample is a million times as long.
         Keeping too many only adds eigenvalues zero. In float64, since in float32 the basis would be off by that much.
         """
+        if len(rows) >= rows.shape[1]:
+            return cls(rows, None)
         wide = rows.double()
         lengths = torch.linalg.vector_norm(wide, dim=1, keepdim=True)
         left, values, right = torch.linalg.svd(wide / lengths.where(lengths > 0, 1.0), full_matrices=False)
@@ -39,8 +41,16 @@ class RowBasis:
 
     @property
     def rank(self) -> int:
-        """How many directions r the rows span."""
-        return len(self.basis)
+        """How many directions r there are."""
+        return self.left.shape[1]
+
+    def into(self, vectors: Tensor) -> Tensor:
+        """(..., d) vectors in coordinates, (..., r); with fewer than d entries the last ones are zero."""
+        return vectors if self.basis is None else vectors @ self.basis[:, : vectors.shape[-1]].T
+
+    def out_of(self, coordinates: Tensor, size: int) -> Tensor:
+        """The first ``size`` entries of the vectors that have these coordinates, (..., r) -> (..., size)."""
+        return coordinates[..., :size] if self.basis is None else coordinates @ self.basis[:, :size]
 
 
 @dataclass(frozen=True)
@@ -101,10 +111,13 @@ class RangeLayer:
         if self.inputs is None:
             return through
         num_inputs = through.shape[1]
+        if self.inputs.basis is None:
+            return through.addmm_(self.gradients, a[:, :num_inputs])
         basis = self.inputs.basis[:, :num_inputs]
         if self.outputs is None:
             return through.addmm_(self.gradients @ a, basis)
-        inner = torch.addmm(b[:, :num_inputs], self.outputs.basis @ a, basis)
+        projected = a if self.outputs.basis is None else self.outputs.basis @ a
+        inner = torch.addmm(b[:, :num_inputs], projected, basis)
         return through.addmm_(self.outputs.left, inner)
 
     def write_product(self, x: Tensor | None, gradient: Tensor, a: Tensor, b: Tensor) -> None:
@@ -115,7 +128,10 @@ class RangeLayer:
         if x is None:
             return
         num_inputs, basis = x.shape[1], self.inputs.basis
-        coordinates = x @ basis[:, :num_inputs].T  # (N, r_x)
+        if basis is None:
+            a[:, :num_inputs].addmm_(self.gradients.T, x)
+            return
+        coordinates = self.inputs.into(x)  # (N, r_x)
         a.addmm_(self.gradients.T, coordinates)
         if self.outputs is not None:
             rest = coordinates @ basis
@@ -129,18 +145,18 @@ class RangeLayer:
             return
         parts = [matrices[parameter][self.rows] for parameter in self.parameters]
         direction = torch.cat([parts[0][:, self.columns], *parts[1:]], dim=1)
-        torch.mm(direction, self.inputs.basis.T, out=a)
+        a.copy_(self.inputs.into(direction))
         if self.outputs is not None:
-            torch.mm(self.outputs.basis, direction, out=b)
-            b.addmm_(b @ self.inputs.basis.T, self.inputs.basis, alpha=-1)
+            b.copy_(self.outputs.into(direction.T).T)
+            b.sub_(self.inputs.out_of(self.inputs.into(b), b.shape[1]))
 
     def expand(self, matrices: dict[nn.Parameter, Tensor], a: Tensor, b: Tensor) -> None:
         """Write V = A Qx + Qg^T B to its parameters; what belongs to no live unit stays."""
         if self.inputs is None:
             return
-        direction = a @ self.inputs.basis
+        direction = self.inputs.out_of(a, self._width)
         if self.outputs is not None:
-            direction.addmm_(self.outputs.basis.T, b)
+            direction = direction + self.outputs.out_of(b.T, len(self.weight)).T
         num_inputs = self.weight.shape[1]
         matrices[self.parameters[0]][self.rows[:, None], self.columns] = direction[:, :num_inputs]
         for bias in self.parameters[1:]:
@@ -149,5 +165,6 @@ class RangeLayer:
     def free_rows(self) -> Tensor:
         """(d_in + 1 - r_x, d_in + 1) orthonormal rows, orthogonal to Qx: what a row of B may be."""
         assert self.inputs is not None
+        assert self.inputs.basis is not None
         whole: Tensor = torch.linalg.qr(self.inputs.basis.double().T, mode="complete").Q
         return whole[:, self.inputs.rank :].T.to(self.weight.dtype)

@@ -21,6 +21,9 @@ ROUNDING = {torch.float64: 1e-13, torch.float32: 1e-6}
 # Multiply-adds of a matrix product in the time that Gram-Schmidt takes for one coordinate of one basis vector: it is
 # bound by memory (0.6 ns for 0.028 ns on one core).
 SWEEP_COST = 21.0
+BASIS_COST = 20.0  # multiply-adds of a singular value decomposition of (N, d) rows, over N^2 d
+AUTOGRAD_OVERHEAD, OVERHEAD = 2.5e6, 9e5  # multiply-adds in the time that a layer takes by itself: 70 us and 25 us
+MAX_BLOCKS = 100_000  # second derivatives of the loss that are kept
 
 
 class RangeOperator:
@@ -56,6 +59,7 @@ class RangeOperator:
         self._shapes = [shape for layer in layers for shape in layer.shapes]
         self._sizes = [rows * columns for rows, columns in self._shapes]
         self.size, self.dim = sum(self._sizes), sum(layer.dim for layer in layers)
+        self._blocks = self._per_sample()
 
     @torch.no_grad()
     def matvec(self, vector: Tensor) -> Tensor:
@@ -133,6 +137,25 @@ class RangeOperator:
 
     def _loss_product(self, tangent: Tensor) -> Tensor:
         """(N, C) the loss's second derivatives at the outputs times a direction there."""
+        if self._blocks is not None:
+            return torch.bmm(self._blocks, tangent.unsqueeze(2)).squeeze(2)
+        return self._by_autograd(tangent)
+
+    def _per_sample(self) -> Tensor | None:
+        """(N, C, C) blocks of the loss's second derivatives: few, and all there are; else None."""
+        num_samples, size = self._outputs.shape
+        if num_samples * size**2 > MAX_BLOCKS:
+            return None
+        units = torch.eye(size, dtype=self.dtype, device=self.device)
+        columns = [self._by_autograd(unit.expand(num_samples, size).contiguous()) for unit in units]
+        blocks = torch.stack(columns, dim=2)
+        generator = torch.Generator().manual_seed(0)
+        mixed = torch.randn(num_samples, size, generator=generator, dtype=torch.float64).to(self._outputs)
+        expected, found = self._by_autograd(mixed), torch.bmm(blocks, mixed.unsqueeze(2)).squeeze(2)
+        same = (found - expected).norm() <= 10 * torch.finfo(self.dtype).eps * expected.norm()
+        return blocks if bool(same) else None  # a loss that mixes samples has more than blocks
+
+    def _by_autograd(self, tangent: Tensor) -> Tensor:
         product: Tensor | None = None
         if self._gradients.requires_grad:
             (product,) = torch.autograd.grad(
@@ -172,21 +195,26 @@ def range_operator(
 def estimated_speedup(taps: LayerTaps, parameters: Sequence[nn.Parameter], num_steps: int = 100) -> float:
     """How many times faster Lanczos would be in the range than in parameter space, from shapes alone; 0 without layers.
 
-    Counts multiply-adds of the products and the memory traffic of the reorthogonalisation; ranks are taken to be as
-    large as they can be.
+    Counts multiply-adds of the products and of making the bases, the memory traffic of the reorthogonalisation, and
+    what each layer costs however small it is; ranks are taken to be as large as they can be.
     """
     ordinary = restricted = num_params = size = 0.0
     layers = shapes(taps, parameters)
     for index, (num_samples, width, outputs) in enumerate(layers):
-        dense, rank_x, rank_g = num_samples * width * outputs, min(num_samples, width), min(num_samples, outputs)
+        dense, rank_g = num_samples * width * outputs, min(num_samples, outputs)
+        whole = num_samples >= width
+        rank_x = width if whole else num_samples
         num_params += width * outputs
         size += outputs * rank_x
-        ordinary += 2 * dense
-        restricted += 2 * num_samples * outputs * rank_x
+        ordinary += 2 * dense + AUTOGRAD_OVERHEAD
+        restricted += 2 * num_samples * outputs * rank_x + OVERHEAD
+        if not whole:
+            restricted += BASIS_COST * num_samples**2 * (width + outputs * bool(index)) / num_steps
         if index:
-            size += width * rank_g
             ordinary += 4 * dense
-            restricted += 2 * dense + num_samples * rank_x * (outputs + 2 * width)
+            restricted += 4 * dense if whole else 2 * dense + num_samples * rank_x * (outputs + 2 * width)
+        if index and not whole:
+            size += width * rank_g
             restricted += rank_g * (outputs * rank_x + width * rank_x + 2 * num_samples * width)
     sweep = SWEEP_COST * num_steps / 2
     return (ordinary + sweep * num_params) / (restricted + sweep * size) if layers else 0.0
