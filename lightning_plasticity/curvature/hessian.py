@@ -33,9 +33,7 @@ class HessianOperator:
 
     def __init__(self, losses: Sequence[Tensor], weights: Sequence[float], parameters: Sequence[nn.Parameter]) -> None:
         self._prepare(parameters)
-        kept = [(weight, self._gradient(loss)) for weight, loss in zip(weights, losses, strict=True)]
-        self._graphs: Callable[[], Generator[Graph]] = lambda: (graph for graph in kept)
-        self._keeps = True
+        self.remember(losses, weights)
 
     @classmethod
     def rebuilding(
@@ -60,8 +58,14 @@ class HessianOperator:
         operator._keeps = False
         return operator
 
+    def remember(self, losses: Sequence[Tensor], weights: Sequence[float]) -> None:
+        """Make the graphs of the gradients, and keep them."""
+        kept = [(weight, self._gradient(loss)) for weight, loss in zip(weights, losses, strict=True)]
+        self._graphs: Callable[[], Generator[Graph]] = lambda: (graph for graph in kept)
+        self._keeps = True
+
     def forget(self) -> None:
-        """Free the graphs; no product can be made any more."""
+        """Free the graphs; no product can be made until they are remembered."""
         self._graphs = _no_graphs
 
     def _prepare(self, parameters: Sequence[nn.Parameter]) -> None:

@@ -45,7 +45,8 @@ def measure_hessian(
     measured = measured.first(plan.num_samples)
     generator = torch.Generator().manual_seed(measured.seed)
     in_range = num_steps if method != "exact" else 0
-    with opened(measured, parameters, generator, chunk=plan.chunk, in_range=in_range) as problem:
+    limit = exact_limit if method == "auto" else 0
+    with opened(measured, parameters, generator, chunk=plan.chunk, in_range=in_range, exact_limit=limit) as problem:
         operator, live = problem.operator, problem.num_live
         exact = method == "exact" or (method == "auto" and live <= exact_limit) or not live
         quadrature: LanczosQuadrature | None = None

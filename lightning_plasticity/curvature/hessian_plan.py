@@ -229,14 +229,14 @@ def _trial(measured: Measured, parameters: Sequence[nn.Parameter]) -> Trial:
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(measured.seed)
     with GraphMeter(list(measured.module.parameters())) as meter, opened(measured, parameters, generator) as problem:
-        build = time.perf_counter() - started
-        product = _seconds(lambda: problem.operator.matvec(problem.probe))
+        build, reduced = time.perf_counter() - started, problem.reduced
         samples, graph = num_samples(measured.batches), meter.num_bytes
-        if problem.reduced is None:
-            return Trial(samples, build, product, graph)
-        coordinates = problem.reduced.restrict(problem.probe)
-        reduced = problem.reduced
-        return Trial(samples, build, product, graph, reduced.size, _seconds(lambda: reduced.matvec(coordinates)))
+        if reduced is None:
+            problem.product = torch.empty(0)  # room for the next one
+            return Trial(samples, build, _seconds(lambda: problem.operator.matvec(problem.probe)), graph)
+        coordinates = reduced.restrict(problem.probe)
+        in_range = _seconds(lambda: reduced.matvec(coordinates))
+        return Trial(samples, build, build, graph, reduced.size, in_range)
 
 
 def _seconds(function: Callable[[], Tensor]) -> float:
@@ -249,7 +249,7 @@ def _seconds(function: Callable[[], Tensor]) -> float:
 
 def _sweep_seconds(like: Tensor) -> float:
     """What one coordinate of one basis vector costs in one pass, from vectors that no cache holds."""
-    count, size = 8, 2**20
+    count, size = 4, 2**20
     basis = torch.zeros(count, size, dtype=like.dtype, device=like.device)
     return min(_seconds(lambda: torch.mv(basis, basis[0])) for _ in range(3)) / (count * size)
 

@@ -89,7 +89,6 @@ class HessianProblem:
         self.__dict__.pop("live", None)
         if self.reduced is not None:
             self.evaluations = [forgotten(evaluation) for evaluation in self.evaluations]
-            self.operator.forget()
 
     def check_symmetry(self, asymmetry: float) -> None:
         """Refuse an operator whose products are not those of a symmetric matrix.
@@ -133,6 +132,7 @@ def opened(
     *,
     chunk: int | None = None,
     in_range: int = 100,
+    exact_limit: int = 0,
 ) -> Iterator[HessianProblem]:
     """The problem, inside the undisturbed context.
 
@@ -142,6 +142,7 @@ def opened(
         generator: of the probe.
         chunk: samples whose graph may be held at a time: products make graphs anew; None keeps all of them.
         in_range: products in which the route through the Hessian's range has to pay for itself; 0 for not taking it.
+        exact_limit: live coordinates up to which products in parameter space are wanted all the same.
     """
     if chunk is not None:
         with _rebuilt(measured, parameters, generator, chunk) as problem:
@@ -155,10 +156,14 @@ def opened(
         losses = [evaluation.loss for evaluation in evaluations]
         operator = HessianOperator(losses, shares_of(evaluations), parameters)
         probe, product = operator.probe(generator)
-        reduced = None
-        if taps is not None and estimated_speedup(taps, parameters, in_range) >= MIN_SPEEDUP:
-            reduced = range_operator(evaluations[0].loss, taps, parameters, probe, product)
-        yield HessianProblem(operator, probe, product, reduced, evaluations)
+        problem = HessianProblem(operator, probe, product, None, evaluations)
+        pays = taps is not None and estimated_speedup(taps, parameters, in_range) >= MIN_SPEEDUP
+        if taps is not None and pays and problem.num_live > exact_limit:
+            operator.forget()  # room for the bases
+            problem.reduced = range_operator(evaluations[0].loss, taps, parameters, probe, product)
+            if problem.reduced is None:
+                operator.remember(losses, shares_of(evaluations))
+        yield problem
 
 
 @contextmanager
