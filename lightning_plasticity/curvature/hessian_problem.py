@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.curvature.closure import Evaluation
+from lightning_plasticity.curvature.closure import Evaluation, LossClosure
 from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.hessian import HessianOperator
 from lightning_plasticity.curvature.layers import LayerTaps
 from lightning_plasticity.curvature.measured import Measured
+from lightning_plasticity.curvature.memory import forward_only
 from lightning_plasticity.curvature.output_loss import batch_shares
 from lightning_plasticity.curvature.range_space import RangeOperator, estimated_speedup, range_operator
 from lightning_plasticity.curvature.samples import in_parts
@@ -37,20 +38,19 @@ class HessianProblem:
         operator: products in parameter space.
         probe: (P,) a Gaussian vector.
         product: (P,) the Hessian times it; exactly zero where the whole row is.
+        measured: what the operator is of, in the batches that it is made from.
+        num_samples: N.
+        note: what the loss is, where that is not obvious.
         reduced: the same operator in the Hessian's own range, where that is cheaper.
-        evaluations: the loss on each batch; with their graphs where the operator keeps them.
     """
 
     operator: HessianOperator
     probe: Tensor
     product: Tensor
-    reduced: RangeOperator | None
-    evaluations: Sequence[Evaluation]
-
-    @property
-    def num_samples(self) -> int:
-        """N."""
-        return sum(evaluation.num_samples for evaluation in self.evaluations)
+    measured: Measured
+    num_samples: int
+    note: str = ""
+    reduced: RangeOperator | None = None
 
     @cached_property
     def live(self) -> Tensor:
@@ -88,7 +88,6 @@ class HessianProblem:
         self.probe = self.product = torch.empty(0)
         self.__dict__.pop("live", None)
         if self.reduced is not None:
-            self.evaluations = [forgotten(evaluation) for evaluation in self.evaluations]
             self.operator.forget()
 
     def check_symmetry(self, asymmetry: float) -> None:
@@ -114,14 +113,16 @@ class HessianProblem:
         On an over-confident network that fits its data the Hessian is nothing else.
         """
         total = 0.0
-        for evaluation in self.evaluations:
-            if evaluation.output_loss is None or not evaluation.loss.requires_grad:
-                return 0.0
-            outputs = evaluation.output_loss.outputs
-            rows = torch.autograd.grad(
-                outputs, self.operator.parameters, torch.randn_like(outputs), retain_graph=True, allow_unused=True
-            )
-            total += sum(float(row.square().sum()) for row in rows if row is not None)
+        with self.measured.open() as closure:  # the graphs may be gone
+            for index, batch in enumerate(self.measured.batches):
+                evaluation = closure(batch, index)
+                if evaluation.output_loss is None:
+                    return 0.0
+                outputs = evaluation.output_loss.outputs
+                rows = torch.autograd.grad(
+                    outputs, self.operator.parameters, torch.randn_like(outputs), allow_unused=True
+                )
+                total += sum(float(row.square().sum()) for row in rows if row is not None)
         return torch.finfo(self.operator.dtype).eps * total / self.num_samples
 
 
@@ -143,42 +144,53 @@ def opened(
         chunk: samples whose graph may be held at a time: products make graphs anew; None keeps all of them.
         in_range: whether to look for the route through the Hessian's range.
     """
-    if chunk is not None:
-        with _rebuilt(measured, parameters, generator, chunk) as problem:
-            yield problem
-        return
-    measured = joined(measured)
+    measured = joined(measured) if chunk is None else cut(measured, chunk)
     with measured.open() as closure:
-        look = in_range and len(measured.batches) == 1 and _only_linear(measured.module, parameters)
-        with LayerTaps(measured.module) if look else nullcontext() as taps:
-            evaluations = [closure(batch, index) for index, batch in enumerate(measured.batches)]
-        losses = [evaluation.loss for evaluation in evaluations]
-        operator = HessianOperator(losses, shares_of(evaluations), parameters)
-        probe, product = operator.probe(generator)
-        reduced = None
-        if taps is not None and estimated_speedup(taps, parameters) >= MIN_SPEEDUP:
-            reduced = range_operator(evaluations[0].loss, taps, parameters, probe, product)
-        yield HessianProblem(operator, probe, product, reduced, evaluations)
+        if chunk is None:
+            yield _kept(measured, closure, parameters, generator, in_range)
+        else:
+            yield _rebuilt(measured, closure, parameters, generator)
 
 
-@contextmanager
+def _kept(
+    measured: Measured,
+    closure: LossClosure,
+    parameters: Sequence[nn.Parameter],
+    generator: torch.Generator,
+    in_range: bool,
+) -> HessianProblem:
+    """On graphs that the operator alone keeps."""
+    look = in_range and len(measured.batches) == 1 and _only_linear(measured.module, parameters)
+    with LayerTaps(measured.module) if look else nullcontext() as taps:
+        evaluations = [closure(batch, index) for index, batch in enumerate(measured.batches)]
+    losses = [evaluation.loss for evaluation in evaluations]
+    operator = HessianOperator(losses, shares_of(evaluations), parameters)
+    probe, product = operator.probe(generator)
+    reduced = None
+    if taps is not None and estimated_speedup(taps, parameters) >= MIN_SPEEDUP:
+        reduced = range_operator(losses[0], taps, parameters, probe, product)
+    return HessianProblem(operator, probe, product, measured, *_about(evaluations), reduced)
+
+
 def _rebuilt(
-    measured: Measured, parameters: Sequence[nn.Parameter], generator: torch.Generator, chunk: int
-) -> Iterator[HessianProblem]:
-    parts = cut(measured, chunk)
-    with measured.open() as closure:
-        evaluations = [forgotten(closure(batch, index)) for index, batch in enumerate(parts)]
+    measured: Measured, closure: LossClosure, parameters: Sequence[nn.Parameter], generator: torch.Generator
+) -> HessianProblem:
+    """On graphs that are made anew for every product, one batch after the other."""
+    evaluations = [_forgotten(closure(batch, index)) for index, batch in enumerate(measured.batches)]
     shares = shares_of(evaluations)
 
-    def losses() -> Iterable[tuple[float, Tensor]]:
-        # A context for each: carried state and random draws are the same in every product.
-        for index, (share, batch) in enumerate(zip(shares, parts, strict=True)):
-            with measured.open() as closure:
-                yield share, closure(batch, index).loss
+    def losses() -> Generator[tuple[float, Tensor]]:
+        # One context for all batches, as where graphs are kept: carried state and random draws are the same each time.
+        with measured.open() as anew:
+            for index, (share, batch) in enumerate(zip(shares, measured.batches, strict=True)):
+                yield share, anew(batch, index).loss
 
-    with measured.open():
-        operator = HessianOperator.rebuilding(losses, parameters)
-        yield HessianProblem(operator, *operator.probe(generator), None, evaluations)
+    operator = HessianOperator.rebuilding(losses, parameters)
+    return HessianProblem(operator, *operator.probe(generator), measured, *_about(evaluations))
+
+
+def _about(evaluations: Sequence[Evaluation]) -> tuple[int, str]:
+    return sum(evaluation.num_samples for evaluation in evaluations), evaluations[0].loss_note
 
 
 def joined(measured: Measured) -> Measured:
@@ -192,17 +204,17 @@ def joined(measured: Measured) -> Measured:
     return measured if whole is None else _if_same(measured, [whole])
 
 
-def cut(measured: Measured, size: int) -> list[Any]:
+def cut(measured: Measured, size: int) -> Measured:
     """The batches in parts of at most ``size`` samples, where the loss stays the same; else as they are."""
     parts = in_parts(measured.batches, size)
     if len(parts) == len(measured.batches) or measured.mode == "as_is":
-        return list(measured.batches)
-    return list(_if_same(measured, parts).batches)
+        return measured
+    return _if_same(measured, parts)
 
 
 def _if_same(measured: Measured, batches: list[Any]) -> Measured:
     """The other batches, if their losses add up to the same value; any failure keeps the old ones."""
-    other = replace(measured, batches=batches)
+    other = measured.with_batches(batches)
     try:
         before, after = _value(measured), _value(other)
     except Exception:  # a step may take batches of one size only
@@ -212,12 +224,12 @@ def _if_same(measured: Measured, batches: list[Any]) -> Measured:
 
 
 def _value(measured: Measured) -> float:
-    with measured.open() as closure:
-        found = [forgotten(closure(batch, index)) for index, batch in enumerate(measured.batches)]
+    with measured.open() as closure, forward_only():
+        found = [_forgotten(closure(batch, index)) for index, batch in enumerate(measured.batches)]
     return sum(share * float(each.loss) for share, each in zip(shares_of(found), found, strict=True))
 
 
-def forgotten(evaluation: Evaluation) -> Evaluation:
+def _forgotten(evaluation: Evaluation) -> Evaluation:
     """The same evaluation without its graph."""
     loss = evaluation.output_loss
     free = None if loss is None else replace(loss, outputs=loss.outputs.detach())
