@@ -144,12 +144,13 @@ def opened(
         chunk: samples whose graph may be held at a time: products make graphs anew; None keeps all of them.
         in_range: whether to look for the route through the Hessian's range.
     """
-    measured = joined(measured) if chunk is None else cut(measured, chunk)
-    with measured.open() as closure:
-        if chunk is None:
+    if chunk is None:
+        measured = joined(measured)
+        with measured.open() as closure:
             yield _kept(measured, closure, parameters, generator, in_range)
-        else:
-            yield _rebuilt(measured, closure, parameters, generator)
+    else:
+        with _rebuilt(cut(measured, chunk), parameters, generator) as problem:
+            yield problem
 
 
 def _kept(
@@ -172,11 +173,13 @@ def _kept(
     return HessianProblem(operator, probe, product, measured, *_about(evaluations), reduced)
 
 
+@contextmanager
 def _rebuilt(
-    measured: Measured, closure: LossClosure, parameters: Sequence[nn.Parameter], generator: torch.Generator
-) -> HessianProblem:
+    measured: Measured, parameters: Sequence[nn.Parameter], generator: torch.Generator
+) -> Iterator[HessianProblem]:
     """On graphs that are made anew for every product, one batch after the other."""
-    evaluations = [_forgotten(closure(batch, index)) for index, batch in enumerate(measured.batches)]
+    with measured.open() as closure:
+        evaluations = [_forgotten(closure(batch, index)) for index, batch in enumerate(measured.batches)]
     shares = shares_of(evaluations)
 
     def losses() -> Generator[tuple[float, Tensor]]:
@@ -185,8 +188,9 @@ def _rebuilt(
             for index, (share, batch) in enumerate(zip(shares, measured.batches, strict=True)):
                 yield share, anew(batch, index).loss
 
-    operator = HessianOperator.rebuilding(losses, parameters)
-    return HessianProblem(operator, *operator.probe(generator), measured, *_about(evaluations))
+    with measured.open():
+        operator = HessianOperator.rebuilding(losses, parameters)
+        yield HessianProblem(operator, *operator.probe(generator), measured, *_about(evaluations))
 
 
 def _about(evaluations: Sequence[Evaluation]) -> tuple[int, str]:
