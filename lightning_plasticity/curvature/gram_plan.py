@@ -17,6 +17,7 @@ from lightning_plasticity.curvature.hessian_costs import Costs, counted, ladder,
 from lightning_plasticity.curvature.measured import Measured, require_outputs
 from lightning_plasticity.curvature.memory import GraphMeter
 from lightning_plasticity.curvature.samples import in_whole_batches, num_samples, on_few
+from lightning_plasticity.nn.batches import batch_size
 
 MIN_SAMPLES = 32  # an exact spectrum of fewer samples says less than an estimate on all of them
 LEAST_SAMPLES = 8
@@ -112,13 +113,15 @@ def _exact_plan(
         return wanted
     costs, divisible = _trials(measured, matrix, parameters)
     cut = divisible and measured.mode != "as_is"  # batch statistics are those of whole batches
+    # A loss that the first few samples do not have, or whose step takes no others, is measured on a batch at least.
+    least = LEAST_SAMPLES if divisible else batch_size(measured.batches[0])
     samples = wanted.num_samples
     while True:
         needed = fixed + costs.memory(samples, rows_each)
         if samples == wanted.num_samples or not cut:
             needed += (total - samples) * graph  # the forward pass is of all samples
         fits = needed + LEAST_ROW_BYTES <= memory
-        if fits and (samples <= LEAST_SAMPLES or costs.seconds(samples, rows_each) <= budget.seconds):
+        if fits and (samples <= least or costs.seconds(samples, rows_each) <= budget.seconds):
             break
         if samples == 1:
             raise _refusal(matrix, num_params, needed + LEAST_ROW_BYTES, memory)
