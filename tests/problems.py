@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lightning_plasticity.curvature import Spectrum
@@ -122,3 +123,34 @@ def assert_same_eigenvalues(spectrum: Spectrum, matrix: Tensor, rtol: float = 1e
 def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     """As users write it: a function of outputs and targets."""
     return F.cross_entropy(outputs, targets)
+
+
+class Cube(torch.autograd.Function):
+    """x^3, right."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 3 * gradient * ctx.saved_tensors[0] ** 2
+
+
+class CubeOnce(Cube):
+    """x^3, whose backward cannot be differentiated."""
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        return 3 * gradient * ctx.saved_tensors[0] ** 2
+
+
+class CubeNet(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.first, self.second, self.function = nn.Linear(4, 5), nn.Linear(5, 3), function
+
+    def forward(self, x):
+        return self.second(self.function.apply(self.first(x)))

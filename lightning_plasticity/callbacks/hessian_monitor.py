@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
@@ -21,6 +22,7 @@ from lightning_plasticity.curvature.gram_measure import MAX_ROWS
 from lightning_plasticity.curvature.gram_plan import GramPlan, plan_gram
 from lightning_plasticity.curvature.hessian_measure import LANCZOS_STEPS
 from lightning_plasticity.curvature.hessian_plan import HessianPlan, plan_hessian
+from lightning_plasticity.curvature.samples import num_samples, on_few
 from lightning_plasticity.linalg import Estimate
 from lightning_plasticity.loggers import log_figure, spectra_figure, takes_figures
 from lightning_plasticity.nn.undisturbed import MODES, Mode
@@ -126,7 +128,7 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         self.num_steps = whole_number("num_steps", num_steps)
         self.max_rows = whole_number("max_rows", max_rows)
         self.budget = Budget(max_seconds, max_memory)
-        self._plans = KeptPlans()
+        self._plans = KeptPlans([max_seconds, max_memory, self.num_steps, self.max_rows])
         self.mode = mode
         self.seed = whole_number("seed", seed, least=0)
         self._spectra: dict[str, dict[int, Spectrum]] = {quantity: {} for quantity in self.quantities}
@@ -149,7 +151,8 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         """Go on with the records and the figure of the run that is resumed."""
         super().load_state_dict(state_dict)
         if self._resuming:
-            self._plans.load_state_dict(state_dict["plans"])
+            if "plans" in state_dict:  # not in a checkpoint of version 0.1
+                self._plans.load_state_dict(state_dict["plans"])
             for quantity, found in state_dict["spectra"].items():
                 self._spectra[quantity] = {
                     task: Spectrum(eigenvalues, weights, num_params, exact, quantity)
@@ -184,32 +187,51 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         return measurement
 
     def _spectrum(self, trainer: Trainer, measured: Measured, quantity: Quantity, spent: float) -> Spectrum:
-        """By the plan made at the run's first measurement, or one made now of what the others have left of the time."""
+        """By the plan made for a problem of this size, or one made now of what the others have left of the time."""
         left = max(self.budget.seconds - spent, self.budget.seconds / len(self.quantities))
-        budget = Budget(None if math.isinf(left) else left, self.budget.max_memory or self._memory(measured))
+        budget = Budget(None if math.isinf(left) else left, self.budget.max_memory)
         parameters = measured.parameters()
+        size = f"{sum(p.numel() for p in parameters)} parameters, {num_samples(measured.batches)} samples"
+        name = f"{quantity} of {size}"
         if quantity == "hessian":
             plan, new = self._plans.get(
-                quantity, HessianPlan, lambda: plan_hessian(measured, parameters, self.num_steps, budget)
+                name,
+                HessianPlan,
+                lambda: plan_hessian(measured, parameters, self.num_steps, self._bounded(budget, measured)),
             )
             spectrum = measure_hessian(measured, budget=budget, plan=plan)
         else:
             gram_plan, new = self._plans.get(
-                quantity, GramPlan, lambda: plan_gram(measured, quantity, parameters, self.max_rows, budget)
+                name,
+                GramPlan,
+                lambda: plan_gram(
+                    measured, quantity, parameters, self.max_rows, self.num_steps, self._bounded(budget, measured)
+                ),
             )
             spectrum = gram_spectrum(
-                measured, quantity, method="auto", max_rows=self.max_rows, num_steps=self.num_steps, plan=gram_plan
+                measured,
+                quantity,
+                method="auto",
+                max_rows=self.max_rows,
+                num_steps=self.num_steps,
+                budget=budget,
+                plan=gram_plan,
             )
         if new and (why := spectrum.settings.get("budget")):
             tell(trainer, f"{type(self).__name__}: the {quantity} is measured on {why}.")
         return spectrum
 
-    def _memory(self, measured: Measured) -> float:
-        """Four times what a training step takes."""
+    def _bounded(self, budget: Budget, measured: Measured) -> Budget:
+        """With four times what a training step takes, where memory has no bound of its own."""
+        if budget.max_memory is not None:
+            return budget
         assert self._tracker is not None
         batch = self._tracker.first_batch
-        batch = measured.first(FEW_SAMPLES).batches[0] if batch is None else batch
-        return max(STEP_MULTIPLE * training_step_bytes(measured, batch), LEAST_MEMORY)
+        if batch is None:
+            ((step,), _) = on_few(measured, (FEW_SAMPLES,), lambda few: training_step_bytes(few, few.batches[0]))
+        else:
+            step = training_step_bytes(measured, batch)
+        return replace(budget, max_memory=max(STEP_MULTIPLE * step, LEAST_MEMORY))
 
     def _numbers(self, spectrum: Spectrum) -> dict[str, Estimate]:
         numbers = {f"eps_rank_{decimal(eps)}": spectrum.epsilon_rank(eps) for eps in self.eps}

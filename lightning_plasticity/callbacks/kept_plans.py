@@ -4,28 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-
-class Plan(Protocol):
-    """A frozen dataclass of plain values that says what a measurement does, and what a budget changed."""
-
-    @property
-    def why(self) -> str:
-        """Empty where nothing was changed."""
-
-
-AnyPlan = TypeVar("AnyPlan", bound=Plan)
+AnyPlan = TypeVar("AnyPlan")
 
 
 class KeptPlans:
-    """Plans by name, in a form that checkpoints can hold."""
+    """Plans by name, in a form that checkpoints can hold.
 
-    def __init__(self) -> None:
+    Args:
+        settings: plain values that plans depend on; those of a checkpoint made under others are not taken.
+    """
+
+    def __init__(self, settings: list[Any]) -> None:
+        self._settings = settings
         self._kept: dict[str, dict[str, Any]] = {}
 
     def get(self, name: str, kind: type[AnyPlan], make: Callable[[], AnyPlan]) -> tuple[AnyPlan, bool]:
-        """The plan of this name, made now if there is none yet; and whether it is new."""
+        """The plan of this name, a frozen dataclass, made now if there is none yet; and whether it is new."""
         new = name not in self._kept
         if new:
             self._kept[name] = asdict(make())  # type: ignore[call-overload]
@@ -33,8 +29,9 @@ class KeptPlans:
 
     def state_dict(self) -> dict[str, Any]:
         """All plans, as plain values."""
-        return {name: dict(plan) for name, plan in self._kept.items()}
+        return {"settings": self._settings, "plans": {name: dict(plan) for name, plan in self._kept.items()}}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on with the plans of the run that is resumed."""
-        self._kept = {name: dict(plan) for name, plan in state.items()}
+        """Go on with the plans of the run that is resumed, unless it was told otherwise what to do."""
+        if state["settings"] == self._settings:
+            self._kept = {name: dict(plan) for name, plan in state["plans"].items()}

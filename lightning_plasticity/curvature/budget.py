@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +33,8 @@ class Budget:
     def __post_init__(self) -> None:
         for name, unit in (("max_seconds", "seconds"), ("max_memory", "bytes")):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value}, expected a positive number of {unit}, or None.")
+            if value is not None and not (isinstance(value, int | float) and value > 0):
+                raise ValueError(f"{name}={value!r}, expected a positive number of {unit}, or None.")
 
     @property
     def seconds(self) -> float:
@@ -44,6 +45,13 @@ class Budget:
         """The bound on memory on this device: what is free counts too."""
         free = FREE_SHARE * free_memory(device)
         return free if self.max_memory is None else min(float(self.max_memory), free)
+
+    def reason(self, changes: Sequence[str], memory: float) -> str:
+        """What a record says about what was changed, given the bytes that were allowed; empty for no change."""
+        if not changes:
+            return ""
+        bounds = in_mib(memory) if math.isinf(self.seconds) else f"{self.seconds:g} s and {in_mib(memory)}"
+        return f"{', '.join(changes)}, to stay within {bounds}"
 
 
 def training_step_bytes(measured: Measured, batch: Any) -> int:
@@ -62,9 +70,15 @@ def training_step_bytes(measured: Measured, batch: Any) -> int:
     return weights + (1 + states) * gradients + meter.num_bytes
 
 
+def ended_early(cause: str, done: int, wanted: int, why: str) -> str:
+    """What a record says of a run that made fewer steps than its plan, after what the plan says."""
+    ended = f"ended by {cause} after {done} of {wanted} Lanczos steps"
+    return f"{why}; {ended}" if why else ended
+
+
 def in_mib(size: float) -> str:
     """A number of bytes, for messages."""
-    return f"{size / 2**20:.0f} MiB"
+    return f"{size / 2**20:.3g} MiB" if size < 2**20 else f"{size / 2**20:.0f} MiB"
 
 
 def _states(optimizer: Any) -> int:

@@ -9,14 +9,14 @@ exact zeros, and the intervals are those of ``lightning_plasticity.linalg.quadra
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from lightning_plasticity.curvature.budget import Budget
+from lightning_plasticity.curvature.budget import Budget, ended_early
 from lightning_plasticity.curvature.gram import assemble, disagreements
 from lightning_plasticity.curvature.gram_measure import (
     Matrix,
@@ -26,6 +26,7 @@ from lightning_plasticity.curvature.gram_measure import (
     output_root,
 )
 from lightning_plasticity.curvature.gram_plan import GramPlan, plan_gram
+from lightning_plasticity.curvature.hessian_costs import LEAST_STEPS
 from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite, require_outputs
 from lightning_plasticity.curvature.output_jacobian import DualOperator, OutputJacobian, PrimalOperator
 from lightning_plasticity.curvature.output_loss import batch_shares
@@ -35,11 +36,10 @@ from lightning_plasticity.linalg import LanczosQuadrature, stochastic_lanczos_qu
 
 GramMethod = Literal["auto", "exact", "lanczos"]
 METHODS = ("auto", "exact", "lanczos")
-# The Gram matrix is formed up to this size: a product with it then costs less than one with the network, and its
-# columns cost fewer backward passes than the steps would.
-DENSE_ROWS = 10_000
-DENSE_COLUMNS = 64
-LANCZOS_STEPS = 120
+DENSE_COLUMNS = 64  # up to which the Gram matrix costs fewer backward passes than the steps of an estimate would
+PATIENCE = 1.5  # times the budget's seconds after which the clock ends an estimate
+
+Stop = Callable[[int], bool]
 
 
 def gram_spectrum(
@@ -55,33 +55,41 @@ def gram_spectrum(
     """The GGN's or the NTK's spectrum; arguments as in ``ggn_spectrum``, and a plan made before for the same budget."""
     if method not in METHODS:
         raise ValueError(f"method={method!r}, expected one of {METHODS}.")
+    budget = Budget() if budget is None else budget
     if plan is None:
         insist = None if method == "auto" else method == "exact"
-        plan = plan_gram(measured, matrix, measured.parameters(), max_rows, budget or Budget(), insist)
+        plan = plan_gram(measured, matrix, measured.parameters(), max_rows, num_steps, budget, insist)
+    if plan.cut:
+        measured = measured.first(plan.num_samples)
     if plan.exact:
         # With no sample that fits ``max_rows`` is refused; without rows the loss has no curvature.
         rows = (plan.num_rows or None) if plan.num_samples else max_rows
         spectrum = measure_gram(measured, matrix, max_rows=rows, row_bytes=plan.row_bytes)
     else:
-        spectrum = estimate_gram(measured, matrix, plan, num_steps)
+        spectrum = estimate_gram(measured, matrix, plan, budget)
     settings = {"budget": plan.why} if plan.why else {}
     if method == "auto":
         settings["reason"] = plan.reason
-    return replace(spectrum, settings={**spectrum.settings, **settings})
+    return replace(spectrum, settings={**settings, **spectrum.settings})
 
 
-def estimate_gram(measured: Measured, matrix: Matrix, plan: GramPlan, num_steps: int) -> Spectrum:
+def estimate_gram(measured: Measured, matrix: Matrix, plan: GramPlan, budget: Budget) -> Spectrum:
     """A quadrature on all samples."""
     started = time.perf_counter()
     parameters = measured.parameters()
     num_params = sum(parameter.numel() for parameter in parameters)
+    deadline = started + PATIENCE * budget.seconds
+
+    def stop(done: int) -> bool:
+        return done >= LEAST_STEPS and time.perf_counter() > deadline
+
     found = None
     if plan.num_rows == 0:
         return measure_gram(measured, matrix)  # a loss without curvature
-    if plan.num_rows <= min(DENSE_ROWS, num_params) and plan.rows_each <= DENSE_COLUMNS:
-        found = _on_the_gram_matrix(measured, matrix, parameters, num_steps)
+    if plan.num_rows <= min(plan.dense_rows, num_params) and plan.rows_each <= DENSE_COLUMNS:
+        found = _on_the_gram_matrix(measured, matrix, parameters, plan.num_steps, stop)
     if found is None:
-        found = _matrix_free(measured, matrix, parameters, num_steps)
+        found = _matrix_free(measured, matrix, parameters, plan.num_steps, stop)
     settings: dict[str, Any] = {
         "dtype": dtype_name(found.dtype),
         "mode": measured.mode,
@@ -89,6 +97,8 @@ def estimate_gram(measured: Measured, matrix: Matrix, plan: GramPlan, num_steps:
         "route": found.route,
         "num_steps": len(found.quadrature.alpha),
     }
+    if len(found.quadrature.alpha) < plan.num_steps and not found.quadrature.breakdown:
+        settings["budget"] = ended_early("the clock", len(found.quadrature.alpha), plan.num_steps, plan.why)
     if found.note:
         settings["note"] = found.note
     return Spectrum.from_quadrature(
@@ -114,7 +124,7 @@ class _Found:
 
 
 def _on_the_gram_matrix(
-    measured: Measured, matrix: Matrix, parameters: Sequence[nn.Parameter], num_steps: int
+    measured: Measured, matrix: Matrix, parameters: Sequence[nn.Parameter], num_steps: int, stop: Stop
 ) -> _Found | None:
     """Lanczos on the explicit Gram matrix; None where some parameters have no shortcut, whose rows would be explicit.
 
@@ -135,11 +145,14 @@ def _on_the_gram_matrix(
         generator=torch.Generator().manual_seed(measured.seed),
         dtype=dtype,
         device=kernel.device,
+        stop=stop,
     )
     return _Found(quadrature, dtype, gram.num_backward, "lanczos on the Gram matrix", rows.note)
 
 
-def _matrix_free(measured: Measured, matrix: Matrix, parameters: Sequence[nn.Parameter], num_steps: int) -> _Found:
+def _matrix_free(
+    measured: Measured, matrix: Matrix, parameters: Sequence[nn.Parameter], num_steps: int, stop: Stop
+) -> _Found:
     """Lanczos by products with the network's Jacobian, in the smaller of both spaces."""
     with measured.open() as closure:
         evaluations = [closure(batch, index) for index, batch in enumerate(measured.batches)]
@@ -160,6 +173,7 @@ def _matrix_free(measured: Measured, matrix: Matrix, parameters: Sequence[nn.Par
             generator=torch.Generator().manual_seed(measured.seed),
             dtype=jacobian.dtype,
             device=jacobian.device,
+            stop=stop,
         )
     space = "outputs" if isinstance(operator, DualOperator) else "parameters"
     route = f"lanczos by products with the network, in the space of {space}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 
 import torch
@@ -37,7 +37,7 @@ class HessianOperator:
 
     @classmethod
     def rebuilding(
-        cls, losses: Callable[[], Iterable[tuple[float, Tensor]]], parameters: Sequence[nn.Parameter]
+        cls, losses: Callable[[], Generator[tuple[float, Tensor]]], parameters: Sequence[nn.Parameter]
     ) -> HessianOperator:
         """An operator that keeps no graph: every product makes them anew, one after the other.
 
@@ -51,8 +51,9 @@ class HessianOperator:
         operator._prepare(parameters)
 
         def graphs() -> Generator[Graph]:
-            for weight, loss in losses():
-                yield weight, operator._gradient(loss)
+            with closing(losses()) as found:
+                for weight, loss in found:
+                    yield weight, operator._gradient(loss)
 
         operator._graphs = graphs
         operator._keeps = False
@@ -154,12 +155,17 @@ class HessianOperator:
             raise MeasurementError("A Hessian-vector product is not finite; look for NaN or inf in weights and data.")
         return vector, product
 
-    def dense(self, live: Tensor) -> Tensor:
-        """(d, d) float64 Hessian on the live coordinates, row by row as computed: symmetric up to rounding."""
+    def dense(self, live: Tensor, at_once: int = VMAP_PRODUCTS) -> Tensor:
+        """(d, d) float64 Hessian on the live coordinates, row by row as computed: symmetric up to rounding.
+
+        Args:
+            live: (P,) bool.
+            at_once: products that are made, and held, together.
+        """
         indices = live.nonzero()[:, 0]
         rows = torch.empty(len(indices), len(indices), dtype=torch.float64, device=self.device)
-        for start in range(0, len(indices), VMAP_PRODUCTS):
-            chunk = indices[start : start + VMAP_PRODUCTS]
+        for start in range(0, len(indices), at_once):
+            chunk = indices[start : start + at_once]
             units = torch.zeros(len(chunk), self.num_params, dtype=self.dtype, device=self.device)
             units[torch.arange(len(chunk)), chunk] = 1.0
             rows[start : start + len(chunk)] = self.matmat(units)[:, indices].double()

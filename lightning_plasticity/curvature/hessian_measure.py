@@ -8,8 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_plasticity.curvature.budget import Budget
-from lightning_plasticity.curvature.hessian_plan import LEAST_STEPS, HessianPlan, plan_hessian
+from lightning_plasticity.curvature.budget import Budget, ended_early, in_mib
+from lightning_plasticity.curvature.errors import MeasurementError
+from lightning_plasticity.curvature.hessian_costs import GRAMS, LEAST_STEPS
+from lightning_plasticity.curvature.hessian_plan import HessianPlan, plan_hessian
 from lightning_plasticity.curvature.hessian_problem import HessianProblem, opened
 from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite
 from lightning_plasticity.curvature.samples import num_samples
@@ -18,9 +20,7 @@ from lightning_plasticity.linalg import LanczosQuadrature, lanczos
 
 Method = Literal["auto", "exact", "lanczos"]
 METHODS = ("auto", "exact", "lanczos")
-EXACT_LIMIT = 1000  # live coordinates up to which "auto" forms the whole Hessian
 LANCZOS_STEPS = 120
-PATIENCE = 1.5  # times the budget's seconds after which the clock ends a run
 COPIES = 2e-5  # relative distance of copies of an eigenvalue in a run without reorthogonalisation, in float32
 
 
@@ -29,7 +29,6 @@ def measure_hessian(
     *,
     method: Method = "auto",
     num_steps: int = LANCZOS_STEPS,
-    exact_limit: int = EXACT_LIMIT,
     budget: Budget | None = None,
     plan: HessianPlan | None = None,
 ) -> Spectrum:
@@ -45,39 +44,50 @@ def measure_hessian(
     measured = measured.first(plan.num_samples)
     generator = torch.Generator().manual_seed(measured.seed)
     in_range = num_steps if method != "exact" else 0
-    limit = exact_limit if method == "auto" else 0
+    limit = plan.exact_limit if method == "auto" else 0
     with opened(measured, parameters, generator, chunk=plan.chunk, in_range=in_range, exact_limit=limit) as problem:
         operator, live = problem.operator, problem.num_live
-        exact = method == "exact" or (method == "auto" and live <= exact_limit) or not live
+        exact = method == "exact" or (method == "auto" and live <= plan.exact_limit) or not live
         quadrature: LanczosQuadrature | None = None
-        settings: dict[str, Any] = {}
+        settings = plan.settings
         if exact:
-            values = _all_eigenvalues(problem)
+            _check_room(live, budget.memory(operator.device))
+            values = _all_eigenvalues(problem, plan.at_once)
         else:
-            quadrature, settings = _quadrature(problem, plan, started + PATIENCE * budget.seconds)
+            deadline = started + plan.patience * budget.seconds
+            quadrature, about_run = _quadrature(problem, plan, deadline)
+            settings |= about_run
             values = torch.tensor(quadrature.nodes)
         num_products = operator.num_products + (problem.reduced.num_products if problem.reduced else 0)
-        used, note = problem.num_samples, problem.evaluations[0].loss_note
     top = float(values.abs().max()) if len(values) else 0.0
     about: dict[str, Any] = {
         "matrix": "hessian",
         "method": "exact" if exact else "lanczos",
-        "num_samples": used,
+        "num_samples": problem.num_samples,
         "num_products": num_products,
         "seconds": time.perf_counter() - started,
         "resolution": RESOLUTION.get(operator.dtype, 1e-2) * top,
         "settings": {"dtype": dtype_name(operator.dtype), "mode": measured.mode, "live_coordinates": live} | settings,
     }
-    if note:
-        about["settings"]["note"] = note
+    if problem.note:
+        about["settings"]["note"] = problem.note
     if quadrature is None:
         return Spectrum.from_eigenvalues(values, operator.num_params, **about)
     return Spectrum.from_quadrature(quadrature, operator.num_params, **about)
 
 
-def _all_eigenvalues(problem: HessianProblem) -> Tensor:
+def _check_room(live: int, memory: float) -> None:
+    """Refuse a matrix that does not fit: only where the exact spectrum is insisted on."""
+    if (needed := 8 * GRAMS * live**2) > memory:
+        raise MeasurementError(
+            f"The Hessian on {live} coordinates with a nonzero row takes {in_mib(needed)} to decompose, and "
+            f"{in_mib(memory)} are allowed. Use method='lanczos', choose params=..., or raise max_memory."
+        )
+
+
+def _all_eigenvalues(problem: HessianProblem, at_once: int) -> Tensor:
     """(d,) of the dense Hessian on the live coordinates."""
-    rows = finite(problem.operator.dense(problem.live))
+    rows = finite(problem.operator.dense(problem.live, at_once))
     problem.check_symmetry(float((rows - rows.T).norm()) / max(float(rows.norm()), 1e-300))
     values: Tensor = torch.linalg.eigvalsh(0.5 * (rows + rows.T))
     return values
@@ -98,24 +108,26 @@ def _quadrature(
         matvec, start, first = reduced.matvec, reduced.restrict(problem.probe), None
         dim = reduced.dim
     storage = torch.float16 if plan.basis == "float16" and start.dtype.itemsize > 2 else None
-    itemsize = start.dtype.itemsize if storage is None else storage.itemsize
-    room = max(2, int(min(plan.basis_bytes / (len(start) * itemsize), plan.num_steps)))
+    room = int(min(plan.basis_bytes / (len(start) * (storage or start.dtype).itemsize), plan.num_steps))
+    num_steps = min(max(room, 2), dim)
     problem.forget_vectors()
     run = lanczos(
         matvec,
         start,
-        min(room, dim),
+        num_steps,
         first_product=first,
         storage=storage,
         reorthogonalise=plan.basis != "none",
         stop=lambda done: done >= LEAST_STEPS and time.perf_counter() > deadline,
     )
     problem.check_symmetry(run.asymmetry)
+    complete = run.breakdown or run.num_products >= dim
     settings: dict[str, Any] = {"num_steps": run.num_products}
-    settings |= plan.settings(run.num_products if run.num_products < min(plan.num_steps, dim) else plan.num_steps)
+    if run.num_products < plan.num_steps and not complete:
+        cause = "the clock" if run.num_products < num_steps else "the memory"
+        settings["budget"] = ended_early(cause, run.num_products, plan.num_steps, plan.why)
     if reduced is not None:
         settings["range_dimensions"] = reduced.dim
-    complete = run.breakdown or run.num_products >= dim
     merge = COPIES if plan.basis == "none" else 0.0
     return LanczosQuadrature(run.alpha, run.beta, dim, complete, merge), settings
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.curvature.closure import Evaluation
+from lightning_plasticity.curvature.closure import Evaluation, LossClosure
 from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.hessian import HessianOperator
 from lightning_plasticity.curvature.layers import LayerTaps
 from lightning_plasticity.curvature.measured import Measured
+from lightning_plasticity.curvature.memory import forward_only
 from lightning_plasticity.curvature.output_loss import batch_shares
 from lightning_plasticity.curvature.range_space import RangeOperator, estimated_speedup, range_operator
 from lightning_plasticity.curvature.samples import in_parts
@@ -37,20 +38,19 @@ class HessianProblem:
         operator: products in parameter space.
         probe: (P,) a Gaussian vector.
         product: (P,) the Hessian times it; exactly zero where the whole row is.
+        measured: what the operator is of, in the batches that it is made from.
+        num_samples: N.
+        note: what the loss is, where that is not obvious.
         reduced: the same operator in the Hessian's own range, where that is cheaper.
-        evaluations: the loss on each batch; with their graphs where the operator keeps them.
     """
 
     operator: HessianOperator
     probe: Tensor
     product: Tensor
-    reduced: RangeOperator | None
-    evaluations: Sequence[Evaluation]
-
-    @property
-    def num_samples(self) -> int:
-        """N."""
-        return sum(evaluation.num_samples for evaluation in self.evaluations)
+    measured: Measured
+    num_samples: int
+    note: str = ""
+    reduced: RangeOperator | None = None
 
     @cached_property
     def live(self) -> Tensor:
@@ -83,12 +83,10 @@ class HessianProblem:
         return matvec, self.probe[places], self.product[places]
 
     def forget_vectors(self) -> None:
-        """Free the probe and its product, and in the Hessian's range the graphs too, before the run needs the room."""
+        """Free the probe and its product before the run needs the room."""
         _ = self.num_live, self.size
         self.probe = self.product = torch.empty(0)
         self.__dict__.pop("live", None)
-        if self.reduced is not None:
-            self.evaluations = [forgotten(evaluation) for evaluation in self.evaluations]
 
     def check_symmetry(self, asymmetry: float) -> None:
         """Refuse an operator whose products are not those of a symmetric matrix.
@@ -113,14 +111,16 @@ class HessianProblem:
         On an over-confident network that fits its data the Hessian is nothing else.
         """
         total = 0.0
-        for evaluation in self.evaluations:
-            if evaluation.output_loss is None or not evaluation.loss.requires_grad:
-                return 0.0
-            outputs = evaluation.output_loss.outputs
-            rows = torch.autograd.grad(
-                outputs, self.operator.parameters, torch.randn_like(outputs), retain_graph=True, allow_unused=True
-            )
-            total += sum(float(row.square().sum()) for row in rows if row is not None)
+        with self.measured.open() as closure:  # the graphs may be gone
+            for index, batch in enumerate(self.measured.batches):
+                evaluation = closure(batch, index)
+                if evaluation.output_loss is None:
+                    return 0.0
+                outputs = evaluation.output_loss.outputs
+                rows = torch.autograd.grad(
+                    outputs, self.operator.parameters, torch.randn_like(outputs), allow_unused=True
+                )
+                total += sum(float(row.square().sum()) for row in rows if row is not None)
         return torch.finfo(self.operator.dtype).eps * total / self.num_samples
 
 
@@ -131,7 +131,7 @@ def opened(
     generator: torch.Generator,
     *,
     chunk: int | None = None,
-    in_range: int = 100,
+    in_range: int = 0,
     exact_limit: int = 0,
 ) -> Iterator[HessianProblem]:
     """The problem, inside the undisturbed context.
@@ -144,46 +144,62 @@ def opened(
         in_range: products in which the route through the Hessian's range has to pay for itself; 0 for not taking it.
         exact_limit: live coordinates up to which products in parameter space are wanted all the same.
     """
-    if chunk is not None:
-        with _rebuilt(measured, parameters, generator, chunk) as problem:
+    if chunk is None:
+        measured = joined(measured)
+        with measured.open() as closure:
+            yield _kept(measured, closure, parameters, generator, in_range, exact_limit)
+    else:
+        with _rebuilt(cut(measured, chunk), parameters, generator) as problem:
             yield problem
-        return
-    measured = joined(measured)
-    with measured.open() as closure:
-        look = in_range > 0 and len(measured.batches) == 1 and _only_linear(measured.module, parameters)
-        with LayerTaps(measured.module) if look else nullcontext() as taps:
-            evaluations = [closure(batch, index) for index, batch in enumerate(measured.batches)]
-        losses = [evaluation.loss for evaluation in evaluations]
-        operator = HessianOperator(losses, shares_of(evaluations), parameters)
-        probe, product = operator.probe(generator)
-        problem = HessianProblem(operator, probe, product, None, evaluations)
-        pays = taps is not None and estimated_speedup(taps, parameters, in_range) >= MIN_SPEEDUP
-        if taps is not None and pays and problem.num_live > exact_limit:
-            operator.forget()  # room for the bases
-            problem.reduced = range_operator(evaluations[0].loss, taps, parameters, probe, product)
-            if problem.reduced is None:
-                operator.remember(losses, shares_of(evaluations))
-        yield problem
+
+
+def _kept(
+    measured: Measured,
+    closure: LossClosure,
+    parameters: Sequence[nn.Parameter],
+    generator: torch.Generator,
+    in_range: int,
+    exact_limit: int,
+) -> HessianProblem:
+    """On graphs that the operator alone keeps."""
+    look = in_range > 0 and len(measured.batches) == 1 and _only_linear(measured.module, parameters)
+    with LayerTaps(measured.module) if look else nullcontext() as taps:
+        evaluations = [closure(batch, index) for index, batch in enumerate(measured.batches)]
+    losses = [evaluation.loss for evaluation in evaluations]
+    operator = HessianOperator(losses, shares_of(evaluations), parameters)
+    probe, product = operator.probe(generator)
+    problem = HessianProblem(operator, probe, product, measured, *_about(evaluations))
+    pays = taps is not None and estimated_speedup(taps, parameters, in_range) >= MIN_SPEEDUP
+    if taps is not None and pays and problem.num_live > exact_limit:
+        operator.forget()  # room for the bases
+        problem.reduced = range_operator(losses[0], taps, parameters, probe, product)
+        if problem.reduced is None:
+            operator.remember(losses, shares_of(evaluations))
+    return problem
 
 
 @contextmanager
 def _rebuilt(
-    measured: Measured, parameters: Sequence[nn.Parameter], generator: torch.Generator, chunk: int
+    measured: Measured, parameters: Sequence[nn.Parameter], generator: torch.Generator
 ) -> Iterator[HessianProblem]:
-    parts = cut(measured, chunk)
+    """On graphs that are made anew for every product, one batch after the other."""
     with measured.open() as closure:
-        evaluations = [forgotten(closure(batch, index)) for index, batch in enumerate(parts)]
+        evaluations = [_forgotten(closure(batch, index)) for index, batch in enumerate(measured.batches)]
     shares = shares_of(evaluations)
 
-    def losses() -> Iterable[tuple[float, Tensor]]:
-        # A context for each: carried state and random draws are the same in every product.
-        for index, (share, batch) in enumerate(zip(shares, parts, strict=True)):
-            with measured.open() as closure:
-                yield share, closure(batch, index).loss
+    def losses() -> Generator[tuple[float, Tensor]]:
+        # One context for all batches, as where graphs are kept: carried state and random draws are the same each time.
+        with measured.open() as anew:
+            for index, (share, batch) in enumerate(zip(shares, measured.batches, strict=True)):
+                yield share, anew(batch, index).loss
 
     with measured.open():
         operator = HessianOperator.rebuilding(losses, parameters)
-        yield HessianProblem(operator, *operator.probe(generator), None, evaluations)
+        yield HessianProblem(operator, *operator.probe(generator), measured, *_about(evaluations))
+
+
+def _about(evaluations: Sequence[Evaluation]) -> tuple[int, str]:
+    return sum(evaluation.num_samples for evaluation in evaluations), evaluations[0].loss_note
 
 
 def joined(measured: Measured) -> Measured:
@@ -197,17 +213,17 @@ def joined(measured: Measured) -> Measured:
     return measured if whole is None else _if_same(measured, [whole])
 
 
-def cut(measured: Measured, size: int) -> list[Any]:
+def cut(measured: Measured, size: int) -> Measured:
     """The batches in parts of at most ``size`` samples, where the loss stays the same; else as they are."""
     parts = in_parts(measured.batches, size)
     if len(parts) == len(measured.batches) or measured.mode == "as_is":
-        return list(measured.batches)
-    return list(_if_same(measured, parts).batches)
+        return measured
+    return _if_same(measured, parts)
 
 
 def _if_same(measured: Measured, batches: list[Any]) -> Measured:
     """The other batches, if their losses add up to the same value; any failure keeps the old ones."""
-    other = replace(measured, batches=batches)
+    other = measured.with_batches(batches)
     try:
         before, after = _value(measured), _value(other)
     except Exception:  # a step may take batches of one size only
@@ -217,12 +233,12 @@ def _if_same(measured: Measured, batches: list[Any]) -> Measured:
 
 
 def _value(measured: Measured) -> float:
-    with measured.open() as closure:
-        found = [forgotten(closure(batch, index)) for index, batch in enumerate(measured.batches)]
+    with measured.open() as closure, forward_only():
+        found = [_forgotten(closure(batch, index)) for index, batch in enumerate(measured.batches)]
     return sum(share * float(each.loss) for share, each in zip(shares_of(found), found, strict=True))
 
 
-def forgotten(evaluation: Evaluation) -> Evaluation:
+def _forgotten(evaluation: Evaluation) -> Evaluation:
     """The same evaluation without its graph."""
     loss = evaluation.output_loss
     free = None if loss is None else replace(loss, outputs=loss.outputs.detach())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CGROUP = Path("/sys/fs/cgroup")
+CGROUP, OWN_GROUP, MEMINFO = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup"), Path("/proc/meminfo")
+UNKNOWN = 2**32  # bytes, of a machine that does not say
+UNBOUNDED = 2**62
 
 
 def free_memory(device: torch.device | str = "cpu") -> int:
@@ -24,22 +27,38 @@ def free_memory(device: torch.device | str = "cpu") -> int:
 
 def _machine() -> int:
     try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
+        for line in MEMINFO.read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return 1024 * int(line.split()[1])
     except OSError:
         pass  # not Linux
-    names = ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES")
-    pages = next((os.sysconf(name) for name in names if name in os.sysconf_names), None)
-    return 2**32 if pages is None else pages * os.sysconf("SC_PAGE_SIZE")
+    known: Any = getattr(os, "sysconf_names", {})  # nothing on Windows
+    for name in ("SC_AVPHYS_PAGES", "SC_PHYS_PAGES"):
+        if name in known and (pages := os.sysconf(name)) > 0:
+            return pages * os.sysconf("SC_PAGE_SIZE")
+    return UNKNOWN
 
 
 def _container() -> int:
+    """The least that is left in this process's control group (version 2) and in those around it."""
     try:
-        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return 2**62  # no control group of version 2
-    return 2**62 if limit == "max" else max(0, int(limit) - int(used))
+        (inner,) = (line[3:] for line in OWN_GROUP.read_text().splitlines() if line.startswith("0::"))
+    except (OSError, ValueError):
+        inner = "/"
+    group = CGROUP / inner.strip().lstrip("/")
+    return min((_left(path) for path in (group, *group.parents) if path.is_relative_to(CGROUP)), default=UNBOUNDED)
+
+
+def _left(group: Path) -> int:
+    """What a control group leaves; pages of files that the kernel can drop are not in use."""
+    try:
+        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        if limit == "max":
+            return UNBOUNDED
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        return max(0, int(limit) - int(used) + int(statistics.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        return UNBOUNDED
 
 
 class GraphMeter:
@@ -59,7 +78,7 @@ class GraphMeter:
         if storage.data_ptr() not in self._seen:
             self._seen.add(storage.data_ptr())
             self.num_bytes += storage.nbytes()
-        return tensor
+        return tensor.detach()  # an operation that kept its own output with its history would never be freed
 
     def __enter__(self) -> GraphMeter:
         self._hooks.__enter__()
@@ -69,3 +88,14 @@ class GraphMeter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._hooks.__exit__(kind, error, traceback)
+
+
+@contextmanager
+def forward_only() -> Iterator[None]:
+    """Context in which operations keep nothing for a backward pass, yet results say that they require gradients."""
+
+    def refuse(_: None) -> Tensor:
+        raise RuntimeError("Nothing was kept for a backward pass.")
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: None, refuse):
+        yield

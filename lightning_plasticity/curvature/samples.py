@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_plasticity.nn.batches import batch_size, map_tensors
+
+if TYPE_CHECKING:
+    from lightning_plasticity.curvature.measured import Measured
+
+Result = TypeVar("Result")
 
 
 def num_samples(batches: Sequence[Any]) -> int:
@@ -25,6 +30,16 @@ def first_samples(batches: Sequence[Any], limit: int) -> list[Any]:
     return chosen
 
 
+def in_whole_batches(batches: Sequence[Any], limit: int) -> int:
+    """How many samples the first batches hold that together have at most ``limit``; at least those of the first."""
+    total = batch_size(batches[0])
+    for batch in batches[1:]:
+        if total + batch_size(batch) > limit:
+            break
+        total += batch_size(batch)
+    return total
+
+
 def in_parts(batches: Sequence[Any], size: int) -> list[Any]:
     """The same samples in batches of at most ``size``."""
     parts: list[Any] = []
@@ -35,6 +50,20 @@ def in_parts(batches: Sequence[Any], size: int) -> list[Any]:
         else:
             parts += [_part(batch, total, start, min(start + size, total)) for start in range(0, total, size)]
     return parts
+
+
+def on_few(
+    measured: Measured, sizes: Sequence[int], function: Callable[[Measured], Result]
+) -> tuple[list[Result], bool]:
+    """A function of the first few samples, for several such sizes; and whether the data could be cut so.
+
+    Where it fails, it is tried once on the whole first batch, and what it raises there is raised: a step may take
+    batches of its own size only, or all of the few samples be ignored by the loss.
+    """
+    try:
+        return [function(measured.first(size)) for size in sizes], True
+    except Exception:
+        return [function(measured.with_batches(measured.batches[:1]))], False
 
 
 def _part(batch: Any, total: int, start: int, stop: int) -> Any:

@@ -30,7 +30,8 @@ class KrylovBasis:
     ) -> None:
         self._stored = torch.empty((num_vectors, size), dtype=storage or dtype, device=device)
         self._dtype = dtype
-        self._scale = 1.0 if self._stored.dtype == dtype else float(size) ** 0.5
+        self._narrow = self._stored.dtype != dtype
+        self._scale = float(size) ** 0.5
         self._count = 0
 
     def __len__(self) -> int:
@@ -38,7 +39,7 @@ class KrylovBasis:
 
     def append(self, vector: Tensor) -> None:
         """Keep a unit vector (P,)."""
-        self._stored[self._count].copy_(vector if self._scale == 1.0 else vector * self._scale)
+        self._stored[self._count].copy_(vector * self._scale if self._narrow else vector)
         self._count += 1
 
     def sweep(self, vector: Tensor) -> Tensor:
@@ -55,11 +56,11 @@ class KrylovBasis:
     def vectors(self) -> Tensor:
         """(k, P) in the dtype of the vectors swept."""
         stored = self._stored[: self._count]
-        return stored if self._scale == 1.0 else stored.to(self._dtype) / self._scale
+        return stored.to(self._dtype) / self._scale if self._narrow else stored
 
     def _pass(self, vector: Tensor) -> Tensor:
         stored = self._stored[: self._count]
-        if self._scale == 1.0:
+        if not self._narrow:
             coefficients = torch.mv(stored, vector)
             vector.addmv_(stored.T, coefficients, alpha=-1)
             return coefficients

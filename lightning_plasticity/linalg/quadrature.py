@@ -9,6 +9,7 @@ a Gaussian probe puts on r of d eigendirections follows Beta(r/2, (d-r)/2).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -300,6 +301,7 @@ def stochastic_lanczos_quadrature(
     mask: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    stop: Callable[[int], bool] | None = None,
 ) -> LanczosQuadrature:
     """Estimate a spectrum by one long Lanczos run from one Gaussian probe.
 
@@ -315,6 +317,7 @@ def stochastic_lanczos_quadrature(
             whose rows are known to be zero.
         dtype: dtype of the probe and the basis.
         device: device of the probe.
+        stop: as in ``lanczos``: asked before each step, given the number done, whether to end there.
 
     Raises:
         ValueError: when ``mask`` leaves no coordinate, or a product is not finite.
@@ -337,5 +340,5 @@ def stochastic_lanczos_quadrature(
         live = int(mask.sum())
     if live == 0:
         raise ValueError("mask leaves no live coordinate: the spectrum is all zeros and needs no estimate.")
-    run = lanczos(matvec, probe, min(num_steps, live))
+    run = lanczos(matvec, probe, min(num_steps, live), stop=stop)
     return LanczosQuadrature(run.alpha, run.beta, live, run.breakdown or run.num_products >= live)

@@ -19,7 +19,7 @@ from problems import (
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_plasticity.curvature import LossClosure, ggn_spectrum, gram_lanczos, ntk_spectrum
+from lightning_plasticity.curvature import LossClosure, ggn_spectrum, gram_plan, ntk_spectrum
 from lightning_plasticity.curvature.output_jacobian import DualOperator, OutputJacobian, PrimalOperator
 
 ROUTES = {
@@ -98,7 +98,7 @@ def test_intervals_hold_on_every_route(function, route, seed, monkeypatch):
     # 40 samples of 6 or 30 classes, 16 * 7 + 17 * C parameters: 200 rows of 214, or 1160 of 622.
     net, batches = large(30 if route == "parameters" else 6, seed)
     if route == "outputs":
-        monkeypatch.setattr(gram_lanczos, "DENSE_ROWS", 0)
+        monkeypatch.setattr(gram_plan, "DENSE_ROWS", 0)
     if function is ntk_spectrum and route != "parameters":  # 240 rows
         net = mlp(6, 20, 6, seed=seed)
     spectrum = function(net, cross_entropy, batches, method="lanczos", num_steps=25, seed=seed)
@@ -111,7 +111,7 @@ def test_intervals_hold_on_every_route(function, route, seed, monkeypatch):
 @pytest.mark.parametrize("rows", [0, 10**6])
 def test_all_steps_are_the_exact_spectrum(rows, monkeypatch):
     # As many steps as dimensions: nothing is left to estimate, and the padding is zeros exactly.
-    monkeypatch.setattr(gram_lanczos, "DENSE_ROWS", rows)
+    monkeypatch.setattr(gram_plan, "DENSE_ROWS", rows)
     net, data = mlp(5, 6, 4), classes(7, 5, 4)
     spectrum = ggn_spectrum(net, cross_entropy, data, method="lanczos")
     assert spectrum.exact
@@ -126,7 +126,7 @@ def test_sequences_of_several_lengths_by_both_dual_routes(monkeypatch):
     total = sum(targets.numel() for _, targets in batches)
     dense = sum(batch[1].numel() / total * dense_ggn(net, cross_entropy, [batch]) for batch in batches)
     for rows in (0, 10**6):
-        monkeypatch.setattr(gram_lanczos, "DENSE_ROWS", rows)
+        monkeypatch.setattr(gram_plan, "DENSE_ROWS", rows)
         check_intervals(
             ggn_spectrum(net, cross_entropy, batches, method="lanczos", num_steps=40), torch.linalg.eigvalsh(dense)
         )
@@ -182,7 +182,7 @@ def test_layers_without_a_shortcut_are_estimated_matrix_free():
 @pytest.mark.parametrize("rows", [0, 10**6])
 @pytest.mark.parametrize("function", [ggn_spectrum, ntk_spectrum])
 def test_degenerate_networks(function, rows, monkeypatch):
-    monkeypatch.setattr(gram_lanczos, "DENSE_ROWS", rows)
+    monkeypatch.setattr(gram_plan, "DENSE_ROWS", rows)
     dead = mlp(4, 8, 3, activation=nn.ReLU)
     dead[0].bias.data.fill_(-100)
     inputs, targets = classes(9, 4, 3)

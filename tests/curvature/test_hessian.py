@@ -6,6 +6,9 @@ import numpy as np
 import pytest
 import torch
 from problems import (
+    Cube,
+    CubeNet,
+    CubeOnce,
     assert_same_eigenvalues,
     classes,
     cross_entropy,
@@ -17,7 +20,6 @@ from problems import (
     trainable,
 )
 from torch import nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lightning_plasticity.curvature import (
@@ -83,37 +85,6 @@ def test_products_equal_the_dense_hessian(activation):
     torch.testing.assert_close(together, torch.stack([operator.matvec(v) for v in vectors]), rtol=1e-12, atol=1e-14)
     assert operator.num_products == 80
     assert_same_eigenvalues(hessian_spectrum(net, F.cross_entropy, data), dense, rtol=1e-9)
-
-
-class Cube(torch.autograd.Function):
-    """x^3, right."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x**3
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return 3 * gradient * ctx.saved_tensors[0] ** 2
-
-
-class CubeOnce(Cube):
-    """x^3, whose backward cannot be differentiated."""
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        return 3 * gradient * ctx.saved_tensors[0] ** 2
-
-
-class CubeNet(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.first, self.second, self.function = nn.Linear(4, 5), nn.Linear(5, 3), function
-
-    def forward(self, x):
-        return self.second(self.function.apply(self.first(x)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
