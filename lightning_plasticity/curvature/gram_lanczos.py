@@ -23,13 +23,11 @@ from lightning_plasticity.curvature.gram_measure import (
     coarsest,
     gram_rows,
     measure_gram,
-    output_root,
+    scaled_roots,
 )
 from lightning_plasticity.curvature.gram_plan import GramPlan, plan_gram
 from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite, require_outputs
 from lightning_plasticity.curvature.output_jacobian import DualOperator, OutputJacobian, PrimalOperator
-from lightning_plasticity.curvature.output_loss import batch_shares
-from lightning_plasticity.curvature.output_root import OutputRoot
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.linalg import LanczosQuadrature, stochastic_lanczos_quadrature
 
@@ -144,11 +142,7 @@ def _matrix_free(measured: Measured, matrix: Matrix, parameters: Sequence[nn.Par
     with measured.open() as closure:
         evaluations = [closure(batch, index) for index, batch in enumerate(measured.batches)]
         losses = [require_outputs(evaluation) for evaluation in evaluations]
-        sizes = [loss.num_samples for loss in losses]
-        shares = batch_shares(losses, sizes) if matrix == "ggn" else [1 / sum(sizes)] * len(sizes)
-        roots: list[OutputRoot] = [
-            output_root(loss, matrix).scaled(share**0.5) for loss, share in zip(losses, shares, strict=True)
-        ]
+        roots = scaled_roots(losses, matrix)
         jacobian = OutputJacobian([loss.outputs for loss in losses], parameters)
         operator: DualOperator | PrimalOperator = DualOperator(jacobian, roots)
         if operator.dim > jacobian.num_params:

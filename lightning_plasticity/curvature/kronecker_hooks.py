@@ -30,7 +30,7 @@ def hook_factors(measured: Measured, layers: Sequence[ChosenLayer]) -> FactorSum
             loss = require_outputs(closure(batch, index))
             calls, skipped = usable_calls(taps, layers, loss.num_samples)
             used = [layer for layer in layers if layer.name in calls]
-            columns = loss.hessian_factor().to(loss.outputs.dtype)  # (R, N, ...)
+            columns = loss.hessian_root().columns().to(loss.outputs.dtype)  # (R, N, ...)
             skipped |= _check(loss.outputs, columns, used, calls)
             used = [layer for layer in used if layer.name not in skipped]
             outputs = _output_factors(loss.outputs, columns, used, calls)

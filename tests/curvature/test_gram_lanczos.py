@@ -1,5 +1,7 @@
 """GGN and NTK estimates: the operators against dense matrices, the intervals against the truth, and which route."""
 
+from decimal import Decimal, localcontext
+
 import pytest
 import torch
 from losses import LOSSES
@@ -21,6 +23,7 @@ from torch.nn import functional as F
 
 from lightning_plasticity.curvature import LossClosure, ggn_spectrum, gram_lanczos, ntk_spectrum
 from lightning_plasticity.curvature.output_jacobian import DualOperator, OutputJacobian, PrimalOperator
+from lightning_plasticity.curvature.output_root import SoftmaxRoot
 
 ROUTES = {
     "gram": "lanczos on the Gram matrix",
@@ -47,6 +50,58 @@ def test_roots_are_operators(name):
     torch.testing.assert_close(root.transpose(outputs), expected)
     torch.testing.assert_close(root.scaled(0.5).columns(), 0.5 * columns)
     torch.testing.assert_close(root.scaled(0.5).transpose(outputs), 0.5 * expected)
+
+
+def exact_probabilities(logits):
+    """By 500 digits."""
+    with localcontext() as context:
+        context.prec = 500
+        powers = [Decimal(value).exp() for value in logits]
+        return [power / sum(powers) for power in powers]
+
+
+# One class has all of the probability but about exp(-28) or exp(-138), 1e-12 or 1e-60, or but the last digit of 1.0.
+@pytest.mark.parametrize("place", range(4))
+@pytest.mark.parametrize("lead", [0.5, 28.0, 37.0, 138.0, 500.0])
+def test_softmax_root_is_accurate_in_every_row(lead, place):
+    logits = [-0.75, 0.5, -3.0, 0.25]
+    logits[place] = lead
+    shape = torch.Size((1, 4))
+    probabilities = torch.tensor(logits, dtype=torch.float64).softmax(0)
+    root = SoftmaxRoot.of(shape, probabilities.reshape(1, 4, 1), torch.ones(1, 1, dtype=torch.float64))
+    found = root.columns()[:, 0].T  # (C, R)
+    with localcontext() as context:
+        context.prec = 500
+        p = exact_probabilities(logits)
+        truth = [[p[i] * ((i == j) - p[j]) for j in range(4)] for i in range(4)]
+        sizes = [truth[i][i].sqrt() for i in range(4)]
+        for i in range(4):
+            for j in range(4):
+                product = sum(
+                    Decimal(a) * Decimal(b) for a, b in zip(found[i].tolist(), found[j].tolist(), strict=True)
+                )
+                assert abs(product - truth[i][j]) < Decimal("1e-14") * sizes[i] * sizes[j]
+        # g^T H^+ g of the gradient p - y is (1 - p_y) / p_y.
+        for label in range(4):
+            gradient = probabilities - F.one_hot(torch.tensor(label), 4)
+            least = root.solve(gradient[None])
+            if label != place or lead < 20:  # of the sure and right one the gradient's own digits cancel
+                energy = sum(Decimal(value) ** 2 for value in least.flatten().tolist())
+                assert abs(energy * p[label] / (1 - p[label]) - 1) < Decimal("1e-11")
+            torch.testing.assert_close(root.apply(least)[0], gradient, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", ["cross entropy", "positions", "mse, sum", "bce", "huber", "all options"])
+def test_roots_solve_what_they_are_applied_to(name):
+    net, loss_fn, data = loss_problem(name)
+    root = LossClosure(net, loss_fn)(data).output_loss.hessian_root()
+    generator = torch.Generator().manual_seed(1)
+    outputs = root.apply(torch.randn(root.num_columns, root.num_samples, generator=generator, dtype=torch.float64))
+    least = root.solve(outputs)
+    torch.testing.assert_close(root.apply(least), outputs)
+    dense = root.columns().flatten(2).permute(1, 2, 0)  # (N, O, R)
+    norm = (torch.linalg.pinv(dense) @ outputs.reshape(root.num_samples, -1, 1)).norm()
+    torch.testing.assert_close(least.norm(), norm)
 
 
 @pytest.mark.parametrize("name", ["cross entropy", "positions", "mse, sum", "bce", "huber", "all options"])
