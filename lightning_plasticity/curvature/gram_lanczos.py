@@ -33,11 +33,6 @@ from lightning_plasticity.linalg import LanczosQuadrature, stochastic_lanczos_qu
 
 GramMethod = Literal["auto", "exact", "lanczos"]
 METHODS = ("auto", "exact", "lanczos")
-# The Gram matrix is formed up to this size: a product with it then costs less than one with the network, and its
-# columns cost fewer backward passes than the steps would.
-DENSE_ROWS = 10_000
-DENSE_COLUMNS = 64
-LANCZOS_STEPS = 120
 
 
 def gram_spectrum(
@@ -55,7 +50,7 @@ def gram_spectrum(
         raise ValueError(f"method={method!r}, expected one of {METHODS}.")
     if plan is None:
         insist = None if method == "auto" else method == "exact"
-        plan = plan_gram(measured, matrix, measured.parameters(), max_rows, budget or Budget(), insist)
+        plan = plan_gram(measured, matrix, measured.parameters(), max_rows, budget or Budget(), insist, num_steps)
     if plan.exact:
         # With no sample that fits ``max_rows`` is refused; without rows the loss has no curvature.
         rows = (plan.num_rows or None) if plan.num_samples else max_rows
@@ -69,21 +64,23 @@ def gram_spectrum(
 
 
 def estimate_gram(measured: Measured, matrix: Matrix, plan: GramPlan, num_steps: int) -> Spectrum:
-    """A quadrature on all samples."""
+    """A quadrature on the samples of a plan, in at most so many steps."""
     started = time.perf_counter()
     parameters = measured.parameters()
     num_params = sum(parameter.numel() for parameter in parameters)
-    found = None
     if plan.num_rows == 0:
         return measure_gram(measured, matrix)  # a loss without curvature
-    if plan.num_rows <= min(DENSE_ROWS, num_params) and plan.rows_each <= DENSE_COLUMNS:
-        found = _on_the_gram_matrix(measured, matrix, parameters, num_steps)
+    if plan.num_steps is not None:
+        num_steps = min(num_steps, plan.num_steps)
+    if plan.cut is not None:
+        measured = measured.first(plan.cut)
+    found = _on_the_gram_matrix(measured, matrix, parameters, num_steps) if plan.dense else None
     if found is None:
         found = _matrix_free(measured, matrix, parameters, num_steps)
     settings: dict[str, Any] = {
         "dtype": dtype_name(found.dtype),
         "mode": measured.mode,
-        "rows": plan.num_rows,
+        "rows": found.num_samples * plan.rows_each,
         "route": found.route,
         "num_steps": len(found.quadrature.alpha),
     }
@@ -94,7 +91,7 @@ def estimate_gram(measured: Measured, matrix: Matrix, plan: GramPlan, num_steps:
         num_params,
         matrix=matrix,
         method="lanczos",
-        num_samples=plan.num_samples,
+        num_samples=found.num_samples,
         num_products=found.num_products,
         seconds=time.perf_counter() - started,
         resolution=RESOLUTION.get(found.dtype, 1e-2) * float(abs(found.quadrature.nodes).max()),
@@ -105,6 +102,7 @@ def estimate_gram(measured: Measured, matrix: Matrix, plan: GramPlan, num_steps:
 @dataclass(frozen=True)
 class _Found:
     quadrature: LanczosQuadrature
+    num_samples: int
     dtype: torch.dtype
     num_products: int
     route: str
@@ -134,7 +132,7 @@ def _on_the_gram_matrix(
         dtype=dtype,
         device=kernel.device,
     )
-    return _Found(quadrature, dtype, gram.num_backward, "lanczos on the Gram matrix", rows.note)
+    return _Found(quadrature, gram.num_samples, dtype, gram.num_backward, "lanczos on the Gram matrix", rows.note)
 
 
 def _matrix_free(measured: Measured, matrix: Matrix, parameters: Sequence[nn.Parameter], num_steps: int) -> _Found:
@@ -157,4 +155,5 @@ def _matrix_free(measured: Measured, matrix: Matrix, parameters: Sequence[nn.Par
         )
     space = "outputs" if isinstance(operator, DualOperator) else "parameters"
     route = f"lanczos by products with the network, in the space of {space}"
-    return _Found(quadrature, jacobian.dtype, 2 * len(quadrature.alpha), route, evaluations[0].note)
+    num_samples = sum(root.num_samples for root in roots)
+    return _Found(quadrature, num_samples, jacobian.dtype, 2 * len(quadrature.alpha), route, evaluations[0].note)

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import nn
 
 from lightning_plasticity.curvature.budget import Budget, in_mib
 from lightning_plasticity.curvature.errors import MeasurementError
-from lightning_plasticity.curvature.gram import MAX_ROW_BYTES, assemble
-from lightning_plasticity.curvature.gram_measure import Matrix, collected_rows, columns_per_sample
-from lightning_plasticity.curvature.measured import Measured, require_outputs
-from lightning_plasticity.curvature.memory import GraphMeter
+from lightning_plasticity.curvature.gram import MAX_ROW_BYTES
+from lightning_plasticity.curvature.gram_costs import (
+    GRAMS,
+    LEAST_ROW_BYTES,
+    VECTORS,
+    Costs,
+    DenseLanczosCosts,
+    FreeLanczosCosts,
+    Problem,
+    free_costs,
+    matrix_costs,
+    problem_of,
+    sweep_seconds,
+)
+from lightning_plasticity.curvature.gram_measure import Matrix
+from lightning_plasticity.curvature.measured import Measured
+from lightning_plasticity.curvature.samples import num_samples
 
+LANCZOS_STEPS = 120
 MIN_SAMPLES = 32  # an exact spectrum of fewer samples says less than an estimate on all of them
-LEAST_SAMPLES = 8
-TRIALS = (4, 16)  # samples that the calibration measures on
-GRAMS = 3  # times the Gram matrix: itself, and what its decomposition needs
-VECTORS = 4  # of P coordinates: a snapshot, and the gradients that the shortcuts are checked by
-TIMED_ROWS = 500  # size of the matrix whose decomposition is timed
+LEAST_SAMPLES, LEAST_STEPS = 8, 20
 SMALL_WORK = 1e9  # coordinates times rows, that no trial is made for
-LEAST_ROW_BYTES = 2**22
+SMALL_PRODUCTS = 1e10  # coordinates times samples times steps, that no trial is made for
 
 
 @dataclass(frozen=True)
@@ -38,6 +46,10 @@ class GramPlan:
         row_bytes: what explicit gradient rows may take at a time; None for 2 GiB.
         reason: why it is exact, or is not.
         why: what the budget changed; empty where nothing.
+        num_steps: the most Lanczos steps; None for as many as asked for.
+        dense: whether Lanczos may run on the Gram matrix.
+        cut: how many samples of the probe data an estimate takes, where the loss may count them otherwise (each
+            position of a sequence, say); None for all.
     """
 
     exact: bool
@@ -46,6 +58,9 @@ class GramPlan:
     row_bytes: int | None = None
     reason: str = ""
     why: str = ""
+    num_steps: int | None = None
+    dense: bool = False
+    cut: int | None = None
 
     @property
     def num_rows(self) -> int:
@@ -60,8 +75,12 @@ def plan_gram(
     max_rows: int | None,
     budget: Budget,
     exact: bool | None = None,
+    num_steps: int = LANCZOS_STEPS,
 ) -> GramPlan:
-    """Choose within a budget, from two trials on few samples; small problems are not tried, and done as asked.
+    """Choose within a budget, from trials on few samples; small problems are not tried, and done as asked.
+
+    Given up first are samples, down to 32, then Lanczos steps, down to 20, then samples again. Where the data cannot
+    be cut, all of it is measured.
 
     Args:
         measured: what to measure on.
@@ -70,109 +89,143 @@ def plan_gram(
         max_rows: bound on the Gram matrix to decompose; None for no bound.
         budget: bounds on time and memory.
         exact: whether to insist on the exact spectrum or on an estimate; None to choose.
+        num_steps: Lanczos steps that are wanted.
 
     Raises:
         MeasurementError: when not even a few samples fit the memory.
     """
-    total, rows_each = _size(measured, matrix)
-    fit = total if max_rows is None else min(total, max_rows // max(1, rows_each))
+    problem = problem_of(measured, matrix, parameters)
+    total = problem.samples
+    fit = total if max_rows is None else min(total, max_rows // max(1, problem.rows_each))
     if exact is None:
         exact = max_rows is None or fit >= min(total, MIN_SAMPLES)
-    wanted = GramPlan(exact, fit if exact else total, rows_each, reason=_reason(exact, fit, total, max_rows))
-    num_params = sum(parameter.numel() for parameter in parameters)
+    reason = _reason(exact, fit, total, max_rows)
+    dense = not exact and problem.dense(total)
+    wanted = GramPlan(exact, fit if exact else total, problem.rows_each, reason=reason, dense=dense)
+    if not wanted.num_rows:
+        return wanted  # no sample fits, which the measurement refuses; or the loss has no curvature
     memory = budget.memory(parameters[0].device)
-    fixed = VECTORS * num_params * parameters[0].dtype.itemsize
-    rows_bytes = num_params * wanted.num_rows * parameters[0].dtype.itemsize
-    small = num_params * wanted.num_rows <= SMALL_WORK
-    roomy = 8 * GRAMS * wanted.num_rows**2 + fixed + rows_bytes <= memory / 2
-    if not exact or fit < 1 or (small and roomy):
-        return wanted  # a matrix-free estimate takes what a Lanczos run takes, and no matrix
-    costs = _trials(measured, matrix, parameters)
-    if costs is None:
+    if _matrix_is_small(problem, wanted.num_rows, memory) and (exact or dense):
         return wanted
-    samples = wanted.num_samples
-    while True:
-        needed = fixed + costs.memory(samples, rows_each)
-        if needed + LEAST_ROW_BYTES <= memory and costs.seconds(samples, rows_each) <= budget.seconds:
-            break
-        if samples <= LEAST_SAMPLES and needed + LEAST_ROW_BYTES <= memory:
-            break
-        if samples == 1:
-            raise MeasurementError(
-                f"The {matrix} of {num_params} parameters takes {in_mib(needed)} on one sample, and {in_mib(memory)} "
-                "are allowed. Raise max_memory, or choose params=...."
-            )
-        samples = max(1, samples // 2)
-    row_bytes = int(min(MAX_ROW_BYTES, max(LEAST_ROW_BYTES, memory - needed)))
-    plan = replace(wanted, num_samples=samples, row_bytes=row_bytes)
-    if samples == wanted.num_samples:
-        return plan
-    bounds = in_mib(memory) if budget.seconds == math.inf else f"{budget.seconds:g} s and {in_mib(memory)}"
-    return replace(plan, why=f"{samples} of {total} samples, to stay within {bounds}")
+    if exact:
+        costs = matrix_costs(problem, measured, matrix, parameters)
+        routes: list[Costs] = [] if costs is None else [costs]
+    elif _products_are_few(problem, num_steps, memory):
+        return wanted
+    else:
+        routes = _estimates(problem, measured, matrix, parameters, budget)
+    return _within(wanted, problem, routes, measured, 0 if exact else num_steps, budget, memory)
 
 
-@dataclass(frozen=True)
-class _Costs:
-    """Bytes and seconds: of factors in proportion to samples, of the Gram matrix to their square, then its cube."""
-
-    factor_bytes: float  # per sample
-    linear: float  # seconds per sample
-    square: float  # seconds per squared sample
-    decomposition: float  # seconds per cubed row
-
-    def memory(self, samples: int, rows_each: int) -> float:
-        return samples * self.factor_bytes + 8 * GRAMS * (samples * rows_each) ** 2
-
-    def seconds(self, samples: int, rows_each: int) -> float:
-        building = self.linear * samples + self.square * samples**2
-        return building + self.decomposition * (samples * rows_each) ** 3
+def _matrix_is_small(problem: Problem, num_rows: int, memory: float) -> bool:
+    """Whether a Gram matrix, even of explicit rows, is too small to make trials for."""
+    rows = problem.num_params * problem.itemsize * (num_rows + VECTORS)
+    return problem.num_params * num_rows <= SMALL_WORK and 8 * GRAMS * num_rows**2 + rows <= memory / 2
 
 
-def _trials(measured: Measured, matrix: Matrix, parameters: Sequence[nn.Parameter]) -> _Costs | None:
-    """None where the data cannot be cut."""
-    few, more = TRIALS
+def _products_are_few(problem: Problem, num_steps: int, memory: float) -> bool:
+    """Whether Lanczos by products is too small to make trials for."""
+    small = problem.num_params * problem.samples * num_steps <= SMALL_PRODUCTS
+    return small and FreeLanczosCosts(problem).memory(problem.samples, num_steps) <= memory / 2
+
+
+def _estimates(
+    problem: Problem, measured: Measured, matrix: Matrix, parameters: Sequence[nn.Parameter], budget: Budget
+) -> list[Costs]:
+    """The routes to an estimate, the better one first; without a bound on time the second is weighed, not timed."""
+    routes: list[Costs] = []
+    worth_it = problem.dense(problem.samples if budget.max_seconds is None else MIN_SAMPLES)
+    if worth_it and (costs := matrix_costs(problem, measured, matrix, parameters)) is not None:
+        routes.append(DenseLanczosCosts(costs, sweep_seconds(parameters[0])))
+    untimed = FreeLanczosCosts(problem)
+    free = untimed if budget.max_seconds is None else free_costs(problem, measured, matrix, parameters)
+    return routes if free is None else [*routes, free]
+
+
+def _within(
+    wanted: GramPlan,
+    problem: Problem,
+    routes: Sequence[Costs],
+    measured: Measured,
+    num_steps: int,
+    budget: Budget,
+    memory: float,
+) -> GramPlan:
+    """The plan with the most samples and steps by any of the routes; without a route, or a cut, what is wanted.
+
+    Raises:
+        MeasurementError: when not even one sample fits the memory.
+    """
+    found = _most(routes, wanted.num_samples, num_steps, budget.seconds, memory)
+    if routes and found is None and _evaluates(measured.first(1)):
+        needed = min(costs.memory(1, min(num_steps, LEAST_STEPS)) for costs in routes)
+        raise MeasurementError(
+            f"A spectrum over {problem.num_params} parameters takes {in_mib(needed)} on one sample, and "
+            f"{in_mib(memory)} are allowed. Raise max_memory, or choose params=...."
+        )
+    if found is None:
+        return wanted
+    costs, samples, steps = found
+    plan = replace(wanted, num_samples=samples)
+    if wanted.exact:
+        left = memory - costs.memory(samples, 0) + LEAST_ROW_BYTES
+        plan = replace(plan, row_bytes=int(min(MAX_ROW_BYTES, left)))
+    else:
+        cut = max(1, samples * num_samples(measured.batches) // problem.samples)
+        if samples < problem.samples and not _evaluates(measured.first(cut)):
+            return wanted
+        plan = replace(plan, dense=isinstance(costs, DenseLanczosCosts))
+        plan = replace(plan, cut=cut) if samples < problem.samples else plan
+        plan = replace(plan, num_steps=steps) if steps < num_steps else plan
+    return replace(plan, why=_why(wanted, plan, problem.samples, num_steps, budget, memory))
+
+
+def _most(
+    routes: Sequence[Costs], samples: int, num_steps: int, seconds: float, memory: float
+) -> tuple[Costs, int, int] | None:
+    """The first route, samples and steps within the bounds; of the least samples only memory is asked."""
+    for fewer, steps in _ladder(samples, num_steps):
+        for costs in routes:
+            fits = costs.memory(fewer, steps) <= memory
+            if fits and (costs.seconds(fewer, steps) <= seconds or fewer <= LEAST_SAMPLES):
+                return costs, fewer, steps
+    return None
+
+
+def _ladder(samples: int, steps: int) -> Iterator[tuple[int, int]]:
+    """Samples and steps, from what is wanted to the least."""
+    yield samples, steps
+    while samples > MIN_SAMPLES:
+        samples //= 2
+        yield samples, steps
+    while steps > LEAST_STEPS:
+        steps = max(LEAST_STEPS, steps // 2)
+        yield samples, steps
+    while samples > 1:
+        samples //= 2
+        yield samples, steps
+
+
+def _evaluates(measured: Measured) -> bool:
+    """Whether there is a loss on part of the data: a step may want batches of its own size."""
     try:
-        _trial(measured.first(few), matrix, parameters)  # what happens once only
-        first, _ = _trial(measured.first(few), matrix, parameters)
-        second, factor_bytes = _trial(measured.first(more), matrix, parameters)
-    except MeasurementError:
-        raise
-    except Exception:  # a step that wants batches of its own size
-        return None
-    # t = a n + b n^2 through both, neither of them negative.
-    square = max(0.0, (second / more - first / few) / (more - few))
-    linear = max(0.0, second / more - square * more)
-    rows = torch.arange(TIMED_ROWS, dtype=torch.float64, device=parameters[0].device)
-    kernel = torch.exp(-(rows[:, None] - rows).abs())
-    decomposition = _seconds(lambda: torch.linalg.eigvalsh(kernel)) / TIMED_ROWS**3
-    return _Costs(factor_bytes / more, linear, square, decomposition)
+        with measured.open() as closure:
+            for index, batch in enumerate(measured.batches):
+                closure(batch, index)
+    except Exception:
+        return False
+    return True
 
 
-def _trial(measured: Measured, matrix: Matrix, parameters: Sequence[nn.Parameter]) -> tuple[float, float]:
-    """Seconds, and bytes of graphs and factors."""
-    started = time.perf_counter()
-    kept = list(measured.module.parameters())
-    with GraphMeter(kept) as meter, collected_rows(measured, matrix, parameters) as rows:
-        factors = sum(batch.num_bytes for batch in rows.batches)
-        assemble(rows.batches)
-    return time.perf_counter() - started, factors + meter.num_bytes
-
-
-def _seconds(function: Callable[[], object]) -> float:
-    started = time.perf_counter()
-    function()
-    return time.perf_counter() - started
-
-
-def _size(measured: Measured, matrix: Matrix) -> tuple[int, int]:
-    """Samples in all batches, and the most Gram rows that one of them has."""
-    total = rows_each = 0
-    with measured.open() as closure:
-        for index, batch in enumerate(measured.batches):
-            loss = require_outputs(closure(batch, index))
-            total += loss.num_samples
-            rows_each = max(rows_each, columns_per_sample(loss, matrix))
-    return total, rows_each
+def _why(wanted: GramPlan, plan: GramPlan, total: int, num_steps: int, budget: Budget, memory: float) -> str:
+    """What the budget changed, and for what; empty where nothing."""
+    changes = [f"{plan.num_samples} of {total} samples"] if plan.num_samples < wanted.num_samples else []
+    if plan.num_steps is not None:
+        changes.append(f"{plan.num_steps} of {num_steps} Lanczos steps")
+    if not changes:
+        return ""
+    bounds = in_mib(memory) if budget.seconds == math.inf else f"{budget.seconds:g} s and {in_mib(memory)}"
+    return f"{', '.join(changes)}, to stay within {bounds}"
 
 
 def _reason(exact: bool, fit: int, total: int, max_rows: int | None) -> str:

@@ -21,7 +21,20 @@ from problems import (
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_plasticity.curvature import LossClosure, ggn_spectrum, gram_lanczos, ntk_spectrum
+from lightning_plasticity.curvature import (
+    LossClosure,
+    Measured,
+    MeasurementError,
+    ggn_spectrum,
+    gram_costs,
+    gram_plan,
+    ntk_spectrum,
+)
+from lightning_plasticity.curvature.budget import Budget
+from lightning_plasticity.curvature.functions import as_batches
+from lightning_plasticity.curvature.gram_lanczos import gram_spectrum
+from lightning_plasticity.curvature.gram_plan import plan_gram
+from lightning_plasticity.curvature.memory import GraphMeter
 from lightning_plasticity.curvature.output_jacobian import DualOperator, OutputJacobian, PrimalOperator
 from lightning_plasticity.curvature.output_root import SoftmaxRoot
 
@@ -153,7 +166,7 @@ def test_intervals_hold_on_every_route(function, route, seed, monkeypatch):
     # 40 samples of 6 or 30 classes, 16 * 7 + 17 * C parameters: 200 rows of 214, or 1160 of 622.
     net, batches = large(30 if route == "parameters" else 6, seed)
     if route == "outputs":
-        monkeypatch.setattr(gram_lanczos, "DENSE_ROWS", 0)
+        monkeypatch.setattr(gram_costs, "DENSE_ROWS", 0)
     if function is ntk_spectrum and route != "parameters":  # 240 rows
         net = mlp(6, 20, 6, seed=seed)
     spectrum = function(net, cross_entropy, batches, method="lanczos", num_steps=25, seed=seed)
@@ -166,7 +179,7 @@ def test_intervals_hold_on_every_route(function, route, seed, monkeypatch):
 @pytest.mark.parametrize("rows", [0, 10**6])
 def test_all_steps_are_the_exact_spectrum(rows, monkeypatch):
     # As many steps as dimensions: nothing is left to estimate, and the padding is zeros exactly.
-    monkeypatch.setattr(gram_lanczos, "DENSE_ROWS", rows)
+    monkeypatch.setattr(gram_costs, "DENSE_ROWS", rows)
     net, data = mlp(5, 6, 4), classes(7, 5, 4)
     spectrum = ggn_spectrum(net, cross_entropy, data, method="lanczos")
     assert spectrum.exact
@@ -181,7 +194,7 @@ def test_sequences_of_several_lengths_by_both_dual_routes(monkeypatch):
     total = sum(targets.numel() for _, targets in batches)
     dense = sum(batch[1].numel() / total * dense_ggn(net, cross_entropy, [batch]) for batch in batches)
     for rows in (0, 10**6):
-        monkeypatch.setattr(gram_lanczos, "DENSE_ROWS", rows)
+        monkeypatch.setattr(gram_costs, "DENSE_ROWS", rows)
         check_intervals(
             ggn_spectrum(net, cross_entropy, batches, method="lanczos", num_steps=40), torch.linalg.eigvalsh(dense)
         )
@@ -237,7 +250,7 @@ def test_layers_without_a_shortcut_are_estimated_matrix_free():
 @pytest.mark.parametrize("rows", [0, 10**6])
 @pytest.mark.parametrize("function", [ggn_spectrum, ntk_spectrum])
 def test_degenerate_networks(function, rows, monkeypatch):
-    monkeypatch.setattr(gram_lanczos, "DENSE_ROWS", rows)
+    monkeypatch.setattr(gram_costs, "DENSE_ROWS", rows)
     dead = mlp(4, 8, 3, activation=nn.ReLU)
     dead[0].bias.data.fill_(-100)
     inputs, targets = classes(9, 4, 3)
@@ -266,3 +279,143 @@ def test_no_curvature_at_all():
 def test_unknown_method():
     with pytest.raises(ValueError, match=r"method='quick', expected one of \('auto', 'exact', 'lanczos'\)"):
         ggn_spectrum(mlp(3, 2), cross_entropy, classes(4, 3, 2), method="quick")
+
+
+# Within a budget
+
+
+def plan_of(net, data, budget, num_steps=40, matrix="ggn"):
+    measured = Measured(net, as_batches(data, net), cross_entropy)
+    return plan_gram(measured, matrix, measured.parameters(), 10, budget, exact=False, num_steps=num_steps)
+
+
+def activations(num_samples=256, dim=512):
+    """A net whose graphs, 5 activations of 4 KiB a sample in float64, outweigh its few parameters."""
+    torch.manual_seed(0)
+    layers = [Apply(lambda x: torch.sin(x)) for _ in range(5)]
+    net = nn.Sequential(
+        nn.Unflatten(1, (1, dim)), nn.Conv1d(1, 1, 3, padding=1), *layers, nn.Flatten(), nn.Linear(dim, 30)
+    )
+    return net.double(), (torch.randn(num_samples, dim, dtype=torch.float64), torch.randint(30, (num_samples,)))
+
+
+@pytest.mark.parametrize("matrix", ["ggn", "ntk"])
+def test_an_estimate_takes_the_samples_whose_graphs_fit(matrix, monkeypatch):
+    monkeypatch.setattr(gram_plan, "SMALL_PRODUCTS", 0)
+    net, data = activations()
+    assert plan_of(net, data, Budget(), matrix=matrix).num_samples == 256
+    budget = Budget(max_memory=12 * 2**20)
+    plan = plan_of(net, data, budget, matrix=matrix)
+    assert 1 < plan.num_samples < 256
+    assert plan.why == f"{plan.num_samples} of 256 samples, to stay within 12 MiB"
+    function = ggn_spectrum if matrix == "ggn" else ntk_spectrum
+    found = function(net, cross_entropy, data, method="lanczos", num_steps=40, max_memory=12 * 2**20)
+    assert (found.num_samples, found.settings["budget"]) == (plan.num_samples, plan.why)
+    part = [(data[0][: plan.num_samples], data[1][: plan.num_samples])]
+    assert found.lambda_max().value == pytest.approx(
+        float(function(net, cross_entropy, part, max_rows=None).max_abs), rel=1e-6
+    )
+
+
+def test_the_memory_that_an_estimate_is_said_to_take(monkeypatch):
+    # What autograd keeps for the products is weighed here while they are made, and bounded there by a forward pass.
+    net, data = activations(32)
+    measured = Measured(net, as_batches(data, net), cross_entropy)
+    costs = gram_costs.FreeLanczosCosts(gram_costs.problem_of(measured, "ggn", measured.parameters()))
+    with measured.open() as closure, GraphMeter(list(net.parameters())) as meter:
+        jacobian = OutputJacobian([closure(measured.batches[0]).output_loss.outputs], measured.parameters())
+    assert jacobian.num_params == costs.problem.num_params
+    assert meter.num_bytes < costs.memory(32, 0) < 3 * meter.num_bytes
+    assert costs.memory(16, 0) < 0.75 * costs.memory(32, 0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "samples", "steps"), [(1e3, 256, None), (20.0, 128, None), (3.0, 32, 20), (1e-6, 8, 20)]
+)
+def test_an_estimate_gives_up_samples_then_steps_for_time(seconds, samples, steps, monkeypatch):
+    monkeypatch.setattr(gram_plan, "SMALL_PRODUCTS", 0)
+    # 1 / 256 seconds per sample and step: 40 seconds for all.
+    monkeypatch.setattr(
+        gram_plan, "free_costs", lambda problem, *rest: gram_costs.FreeLanczosCosts(problem, 0.0, 1 / 256)
+    )
+    net, data = activations(dim=8)
+    plan = plan_of(net, data, Budget(max_seconds=seconds))
+    assert (plan.num_samples, plan.num_steps) == (samples, steps)
+    assert (f"{samples} of 256 samples" in plan.why) == (samples < 256)
+    assert ("20 of 40 Lanczos steps" in plan.why) == (steps is not None)
+    found = gram_spectrum(
+        Measured(net, as_batches(data, net), cross_entropy),
+        "ggn",
+        method="lanczos",
+        max_rows=10,
+        num_steps=40,
+        plan=plan,
+    )
+    assert (found.num_samples, found.settings["num_steps"]) == (samples, steps or 40)
+
+
+def test_an_estimate_within_real_seconds(monkeypatch):
+    monkeypatch.setattr(gram_plan, "SMALL_PRODUCTS", 0)
+    monkeypatch.setattr(gram_plan, "SMALL_WORK", 0)
+    net, data = activations()
+    found = ggn_spectrum(net, cross_entropy, data, method="lanczos", max_seconds=1e-4)
+    assert (found.num_samples, found.settings["num_steps"]) == (8, 20)
+    many = ggn_spectrum(net, cross_entropy, data, method="lanczos", num_steps=20, max_seconds=1e3)
+    assert (many.num_samples, "budget" in many.settings) == (256, False)
+
+
+def test_lanczos_on_the_gram_matrix_is_planned_from_trials(monkeypatch):
+    monkeypatch.setattr(gram_plan, "SMALL_WORK", 0)
+    monkeypatch.setattr(gram_plan, "SMALL_PRODUCTS", 0)
+    net, batches = large(6)
+    found = ggn_spectrum(net, cross_entropy, batches, method="lanczos", num_steps=25)
+    assert found.settings["route"] == ROUTES["gram"]
+    little = ggn_spectrum(net, cross_entropy, batches, method="lanczos", num_steps=25, max_memory=1.4e6)
+    assert little.settings["route"] == ROUTES["outputs"]  # a matrix of 200 rows, three times, is a MiB
+    assert little.num_samples == 40
+
+
+class OwnSize(nn.Module):
+    """Wants batches of twenty samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 4).double()
+
+    def forward(self, x):
+        return self.layer(x.view(20, 6))
+
+
+@pytest.mark.parametrize("budget", [Budget(max_memory=1), Budget(max_seconds=1e-6), Budget(1e-6, 1)])
+def test_data_that_cannot_be_cut_is_measured_whole(budget, monkeypatch):
+    monkeypatch.setattr(gram_plan, "SMALL_WORK", 0)
+    monkeypatch.setattr(gram_plan, "SMALL_PRODUCTS", 0)
+    plan = plan_of(OwnSize(), [classes(20, 6, 4), classes(20, 6, 4, seed=1)], budget)
+    assert (plan.num_samples, plan.cut, plan.why) == (40, None, "")
+
+
+def test_no_sample_fits_the_memory(monkeypatch):
+    monkeypatch.setattr(gram_plan, "SMALL_PRODUCTS", 0)
+    with pytest.raises(MeasurementError, match=r"on one sample, and 0 MiB are allowed. Raise max_memory, or choose"):
+        plan_of(*activations(), Budget(max_memory=1000))
+
+
+def test_samples_that_the_loss_counts_by_positions_are_cut_as_the_data_counts_them(monkeypatch):
+    # 12 sequences of 5 positions, flattened: the loss has 60 samples, and half of them are 6 of the data's.
+    monkeypatch.setattr(gram_plan, "SMALL_PRODUCTS", 0)
+    monkeypatch.setattr(gram_costs, "DENSE_ROWS", 0)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 3), nn.Flatten(0, 1)).double()
+    loss_fn = lambda outputs, targets: F.cross_entropy(outputs, targets.flatten())  # noqa: E731
+    data = torch.randn(12, 5, 4, dtype=torch.float64), torch.randint(3, (12, 5))
+    measured = Measured(net, [data], loss_fn)
+    monkeypatch.setattr(
+        gram_plan, "free_costs", lambda problem, *rest: gram_costs.FreeLanczosCosts(problem, 0.0, 1 / 60)
+    )
+    plan = plan_gram(measured, "ggn", measured.parameters(), 10, Budget(max_seconds=21), exact=False, num_steps=40)
+    assert (plan.num_samples, plan.cut) == (30, 6)
+    found = gram_spectrum(measured, "ggn", method="lanczos", max_rows=10, num_steps=40, plan=plan)
+    assert (found.num_samples, found.settings["rows"]) == (30, 60)
+    flat = lambda outputs, targets: F.cross_entropy(outputs, targets.flatten())  # noqa: E731
+    truth = dense_ggn(net, flat, [(data[0][:6], data[1][:6])])
+    check_intervals(found, torch.linalg.eigvalsh(truth))
