@@ -54,7 +54,7 @@ def start_of(losses: Sequence[OutputLoss], kernel: Kernel) -> Start:
     """
     losses = [_with_curvature(loss) for loss in losses] if kernel == "ggn" else losses
     shares, total = batch_shares(losses), sum(loss.num_samples for loss in losses)
-    gradients = [share * _output_gradient(loss) for loss, share in zip(losses, shares, strict=True)]
+    gradients = [share * loss.gradient() for loss, share in zip(losses, shares, strict=True)]
     roots, dtype = scaled_roots(losses, kernel), losses[-1].outputs.dtype
     if kernel == "ntk":
         h = _curvature(losses[0], shares[0], total)
@@ -70,21 +70,6 @@ def start_of(losses: Sequence[OutputLoss], kernel: Kernel) -> Start:
 def _with_curvature(loss: OutputLoss) -> OutputLoss:
     """``nll_loss`` is linear; on log-probabilities it equals the cross-entropy that its ``hessian_root`` is of."""
     return replace(loss, function=F.cross_entropy) if loss.function is F.nll_loss else loss
-
-
-def _output_gradient(loss: OutputLoss) -> Tensor:
-    """(N_b, ...) float64 dL/df of one batch."""
-    try:
-        return _gradient_in(loss, torch.float64)
-    except RuntimeError:  # the loss holds tensors of its own, in the network's precision
-        return _gradient_in(loss, loss.outputs.dtype).double()
-
-
-def _gradient_in(loss: OutputLoss, dtype: torch.dtype) -> Tensor:
-    with torch.enable_grad():
-        outputs = loss.outputs.detach().to(dtype).requires_grad_(True)
-        (gradient,) = torch.autograd.grad(loss.in_dtype(dtype).value(outputs), outputs)
-    return gradient
 
 
 def _curvature(loss: OutputLoss, share: float, num_samples: int) -> float:

@@ -79,6 +79,10 @@ class OutputLoss:
             root = closed(self) if closed is not None else None
         return _autograd_root(self) if root is None else root
 
+    def gradient(self) -> Tensor:
+        """(N, ...) float64 derivative in the outputs."""
+        return _precisely(self, lambda dtype: _first_derivative(self, dtype)[1].detach()).double()
+
     def detached(self) -> OutputLoss:
         """The same loss without the outputs' graph."""
         return replace(self, outputs=self.outputs.detach())
@@ -210,12 +214,7 @@ def _bce_root(loss: OutputLoss) -> OutputRoot | None:
 
 def _autograd_root(loss: OutputLoss) -> OutputRoot:
     """Any other twice differentiable loss: its block of second derivatives per sample, by double backward."""
-    try:
-        blocks = _second_derivatives(loss, torch.float64)
-    except MeasurementError:
-        raise
-    except RuntimeError:  # the loss holds tensors of its own, in the network's precision
-        blocks = _second_derivatives(loss, loss.outputs.dtype)
+    blocks = _precisely(loss, lambda dtype: _second_derivatives(loss, dtype))
     values, vectors = torch.linalg.eigh((0.5 * (blocks + blocks.transpose(1, 2))).double())
     slack, floor = _rounding(blocks)
     if float(values.min()) < -(slack * float(values.max()) + floor):
@@ -225,6 +224,24 @@ def _autograd_root(loss: OutputLoss) -> OutputRoot:
         )
     columns: Tensor = vectors * values.clamp_min(0.0).sqrt()[:, None, :]  # (N, O, R)
     return DenseRoot(loss.outputs.shape, columns.permute(2, 0, 1).reshape(-1, *loss.outputs.shape))
+
+
+def _precisely(loss: OutputLoss, derivative: Callable[[torch.dtype], Tensor]) -> Tensor:
+    """In float64; where the loss holds tensors of its own, in the network's precision, in that."""
+    try:
+        return derivative(torch.float64)
+    except MeasurementError:
+        raise
+    except RuntimeError:
+        return derivative(loss.outputs.dtype)
+
+
+def _first_derivative(loss: OutputLoss, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The outputs and the derivative in them, with its graph."""
+    with torch.enable_grad():
+        outputs = loss.outputs.detach().to(dtype).requires_grad_(True)
+        (gradient,) = torch.autograd.grad(loss.in_dtype(dtype).value(outputs), outputs, create_graph=True)
+    return outputs, gradient
 
 
 def _second_derivatives(loss: OutputLoss, dtype: torch.dtype) -> Tensor:
@@ -237,8 +254,7 @@ def _second_derivatives(loss: OutputLoss, dtype: torch.dtype) -> Tensor:
             "loss whose root is known: cross_entropy, mse_loss, binary_cross_entropy_with_logits."
         )
     with torch.enable_grad():
-        outputs = loss.outputs.detach().to(dtype).requires_grad_(True)
-        (gradient,) = torch.autograd.grad(loss.in_dtype(dtype).value(outputs), outputs, create_graph=True)
+        outputs, gradient = _first_derivative(loss, dtype)
         if not gradient.requires_grad:
             raise MeasurementError(
                 f"{loss.name} has no second derivative in the outputs; the GGN is zero or undefined. "
