@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lightning_plasticity.curvature.backward import pulled_back
 from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.factors import Key, Share, concatenate, contract, restricted, shares_by_parameter
 from lightning_plasticity.curvature.layers import LayerCall, LayerTaps
@@ -166,12 +167,9 @@ def _output_gradients(outputs: Tensor, columns: Tensor, calls: Sequence[LayerCal
         return []
     found = [target.new_zeros(*columns.shape[:2], *target.shape[1:]) for target in targets]
     for index, column in enumerate(columns):
-        gradients = torch.autograd.grad(
-            outputs, targets, _padded(column, outputs), retain_graph=True, allow_unused=True
-        )
+        gradients = pulled_back(outputs, targets, _padded(column, outputs))
         for slot, gradient in zip(found, gradients, strict=True):
-            if gradient is not None:
-                slot[index] = gradient[: columns.shape[1]]
+            slot[index] = gradient[: columns.shape[1]]
     return found
 
 
@@ -191,26 +189,23 @@ def _verified(outputs: Tensor, columns: Tensor, shares: dict[Key, Share]) -> dic
     shape = (*mix.shape, *[1] * (columns.ndim - 2))
     direction = (columns.to(outputs.dtype) * mix.reshape(shape)).sum(0)
     parameters = [parameter for key in shares for parameter in key]
-    expected = torch.autograd.grad(
-        outputs, parameters, _padded(direction, outputs), retain_graph=True, allow_unused=True
-    )
+    expected = pulled_back(outputs, parameters, _padded(direction, outputs))
     truth = dict(zip(parameters, expected, strict=True))
     return {key: share for key, share in shares.items() if _agrees(share, mix, [truth[p] for p in key])}
 
 
-def _agrees(share: Share, mix: Tensor, truth: Sequence[Tensor | None]) -> bool:
+def _agrees(share: Share, mix: Tensor, truth: Sequence[Tensor]) -> bool:
     """Whether the factors give the true gradients up to rounding of their terms (a bias before a norm sums to zero)."""
     found = contract(share, mix)
     eps = torch.finfo(found[0].dtype).eps
     tolerance = CHECK_TOLERANCE.get(found[0].dtype, 1e-3)
-    known = [torch.zeros_like(value) if true is None else true for value, true in zip(found, truth, strict=True)]
-    errors = [float((value - true).norm()) for value, true in zip(found, known, strict=True)]
-    if all(error <= tolerance * float(true.norm()) for error, true in zip(errors, known, strict=True)):
+    errors = [float((value - true).norm()) for value, true in zip(found, truth, strict=True)]
+    if all(error <= tolerance * float(true.norm()) for error, true in zip(errors, truth, strict=True)):
         return True
     terms = contract(tuple(part.absolute() for part in share), mix.abs())
     slack = [ROUNDING * eps * float(value.norm()) + torch.finfo(value.dtype).tiny for value in terms]
     return all(
-        error <= tolerance * float(true.norm()) + extra for error, true, extra in zip(errors, known, slack, strict=True)
+        error <= tolerance * float(true.norm()) + extra for error, true, extra in zip(errors, truth, slack, strict=True)
     )
 
 

@@ -23,14 +23,12 @@ from lightning_plasticity.curvature.gram_measure import (
     coarsest,
     gram_rows,
     measure_gram,
-    output_root,
+    scaled_roots,
 )
 from lightning_plasticity.curvature.gram_plan import GramPlan, plan_gram
 from lightning_plasticity.curvature.hessian_costs import LEAST_STEPS
 from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite, require_outputs
 from lightning_plasticity.curvature.output_jacobian import DualOperator, OutputJacobian, PrimalOperator
-from lightning_plasticity.curvature.output_loss import batch_shares
-from lightning_plasticity.curvature.output_root import OutputRoot
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.linalg import LanczosQuadrature, stochastic_lanczos_quadrature
 
@@ -93,7 +91,7 @@ def estimate_gram(measured: Measured, matrix: Matrix, plan: GramPlan, budget: Bu
     settings: dict[str, Any] = {
         "dtype": dtype_name(found.dtype),
         "mode": measured.mode,
-        "rows": plan.num_rows,
+        "rows": found.num_samples * plan.rows_each,
         "route": found.route,
         "num_steps": len(found.quadrature.alpha),
     }
@@ -106,7 +104,7 @@ def estimate_gram(measured: Measured, matrix: Matrix, plan: GramPlan, budget: Bu
         num_params,
         matrix=matrix,
         method="lanczos",
-        num_samples=plan.num_samples,
+        num_samples=found.num_samples,
         num_products=found.num_products,
         seconds=time.perf_counter() - started,
         resolution=RESOLUTION.get(found.dtype, 1e-2) * float(abs(found.quadrature.nodes).max()),
@@ -117,6 +115,7 @@ def estimate_gram(measured: Measured, matrix: Matrix, plan: GramPlan, budget: Bu
 @dataclass(frozen=True)
 class _Found:
     quadrature: LanczosQuadrature
+    num_samples: int
     dtype: torch.dtype
     num_products: int
     route: str
@@ -147,7 +146,7 @@ def _on_the_gram_matrix(
         device=kernel.device,
         stop=stop,
     )
-    return _Found(quadrature, dtype, gram.num_backward, "lanczos on the Gram matrix", rows.note)
+    return _Found(quadrature, gram.num_samples, dtype, gram.num_backward, "lanczos on the Gram matrix", rows.note)
 
 
 def _matrix_free(
@@ -157,11 +156,7 @@ def _matrix_free(
     with measured.open() as closure:
         evaluations = [closure(batch, index) for index, batch in enumerate(measured.batches)]
         losses = [require_outputs(evaluation) for evaluation in evaluations]
-        sizes = [loss.num_samples for loss in losses]
-        shares = batch_shares(losses, sizes) if matrix == "ggn" else [1 / sum(sizes)] * len(sizes)
-        roots: list[OutputRoot] = [
-            output_root(loss, matrix).scaled(share**0.5) for loss, share in zip(losses, shares, strict=True)
-        ]
+        roots = scaled_roots(losses, matrix)
         jacobian = OutputJacobian([loss.outputs for loss in losses], parameters)
         operator: DualOperator | PrimalOperator = DualOperator(jacobian, roots)
         if operator.dim > jacobian.num_params:
@@ -177,4 +172,5 @@ def _matrix_free(
         )
     space = "outputs" if isinstance(operator, DualOperator) else "parameters"
     route = f"lanczos by products with the network, in the space of {space}"
-    return _Found(quadrature, jacobian.dtype, 2 * len(quadrature.alpha), route, evaluations[0].note)
+    num_samples = sum(root.num_samples for root in roots)
+    return _Found(quadrature, num_samples, jacobian.dtype, 2 * len(quadrature.alpha), route, evaluations[0].note)

@@ -41,9 +41,17 @@ def measure_gram(
 
 @dataclass(frozen=True)
 class Rows:
-    """Gradient rows of the samples in use, batch by batch, and the dtype they were computed in."""
+    """Gradient rows of the samples in use, batch by batch, and the dtype they were computed in.
+
+    Attributes:
+        batches: the rows.
+        losses: the loss on each batch's samples in use, without its graph.
+        dtype: of the outputs.
+        note: what the loss leaves out.
+    """
 
     batches: list[GramRows]
+    losses: list[OutputLoss]
     dtype: torch.dtype
     note: str
 
@@ -122,17 +130,16 @@ def gram_rows(
         take = _affordable_samples(max_rows, rows_each, used, loss.num_samples)
         if take == 0:
             break
-        losses.append(loss.first(take))
+        losses.append(loss.first(take).detached())
         columns = output_root(losses[-1], matrix).columns()
         batches.append(collect_rows(loss.outputs, columns, taps, parameters, excluded))
         used, dtype = used + take, loss.outputs.dtype
         if max_rows is not None and (used + 1) * rows_each > max_rows:
             break
     if matrix == "ggn":
-        shares = batch_shares(losses, [batch.num_samples for batch in batches])
-        for rows, share in zip(batches, shares, strict=True):
+        for rows, share in zip(batches, batch_shares(losses), strict=True):
             rows.scale(share**0.5)
-    return Rows(batches, dtype, note)
+    return Rows(batches, losses, dtype, note)
 
 
 def columns_per_sample(loss: OutputLoss, matrix: Matrix) -> int:
@@ -149,6 +156,13 @@ def output_root(loss: OutputLoss, matrix: Matrix) -> OutputRoot:
         return loss.hessian_root()
     ones = torch.ones(loss.outputs.shape, dtype=torch.float64, device=loss.outputs.device)
     return DiagonalRoot(loss.outputs.shape, ones)
+
+
+def scaled_roots(losses: Sequence[OutputLoss], matrix: Matrix) -> list[OutputRoot]:
+    """S of each batch, scaled so that S^T J J^T S is the matrix on all of them."""
+    total = sum(loss.num_samples for loss in losses)
+    shares = batch_shares(losses) if matrix == "ggn" else [1 / total] * len(losses)
+    return [output_root(loss, matrix).scaled(share**0.5) for loss, share in zip(losses, shares, strict=True)]
 
 
 def coarsest(dtypes: Sequence[torch.dtype]) -> torch.dtype:

@@ -21,7 +21,6 @@ from lightning_plasticity.curvature.kronecker_result import WHOLE, KroneckerSpec
 from lightning_plasticity.curvature.measured import Measured
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.nn import Mode
-from lightning_plasticity.nn.batches import batch_size, map_tensors
 
 Backend = Literal["auto", "backpack", "hooks"]
 BACKENDS = ("auto", "backpack", "hooks")
@@ -132,10 +131,7 @@ def _trial(measured: Measured, layers: Sequence[ChosenLayer]) -> None:
     Raises:
         Refused: when they differ.
     """
-    first = measured.batches[0]
-    size = batch_size(first)
-    few = map_tensors(first, lambda part: part[:TRIAL_SAMPLES] if part.shape[:1] == (size,) else part)
-    small = replace(measured, batches=[few])
+    small = measured.with_batches(measured.batches[:1]).first(TRIAL_SAMPLES)
     try:
         found, expected = backpack_factors(small, layers, "kflr"), hook_factors(small, layers)
     except MeasurementError as error:  # two samples may have no loss (ignored targets, say) where all have one

@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_plasticity.curvature.backward import pulled_back
 from lightning_plasticity.curvature.gram import CHECK_TOLERANCE
 from lightning_plasticity.curvature.kronecker_layers import ChosenLayer, FactorSums, usable_calls
 from lightning_plasticity.curvature.layers import LayerCall, LayerTaps, patches_of
@@ -30,7 +31,7 @@ def hook_factors(measured: Measured, layers: Sequence[ChosenLayer]) -> FactorSum
             loss = require_outputs(closure(batch, index))
             calls, skipped = usable_calls(taps, layers, loss.num_samples)
             used = [layer for layer in layers if layer.name in calls]
-            columns = loss.hessian_factor().to(loss.outputs.dtype)  # (R, N, ...)
+            columns = loss.hessian_root().columns().to(loss.outputs.dtype)  # (R, N, ...)
             skipped |= _check(loss.outputs, columns, used, calls)
             used = [layer for layer in used if layer.name not in skipped]
             outputs = _output_factors(loss.outputs, columns, used, calls)
@@ -101,13 +102,7 @@ def _gradients(
     outputs: Tensor, direction: Tensor, layers: Sequence[ChosenLayer], calls: Mapping[str, LayerCall]
 ) -> list[Tensor]:
     """Gradients at the layers' outputs; zeros where the outputs do not depend on one."""
-    targets = [calls[layer.name].output for layer in layers]
-    live = [target for target in targets if target.requires_grad]
-    found: dict[int, Tensor | None] = {}
-    if live and outputs.requires_grad:
-        gradients = torch.autograd.grad(outputs, live, direction, retain_graph=True, allow_unused=True)
-        found = {id(target): gradient for target, gradient in zip(live, gradients, strict=True)}
-    return [torch.zeros_like(t) if (gradient := found.get(id(t))) is None else gradient for t in targets]
+    return pulled_back(outputs, [calls[layer.name].output for layer in layers], direction)
 
 
 def _check(
@@ -143,9 +138,8 @@ def _parameter_gradients(
     parameters = layer.tensors()
     again = type(layer.module).forward(layer.module, call.input)
     alone = torch.autograd.grad(again, parameters, gradient)
-    true = torch.autograd.grad(outputs, parameters, direction, retain_graph=True, allow_unused=True)
-    flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, true, strict=True)]
-    return torch.cat([g.flatten() for g in alone]), torch.cat([g.flatten() for g in flat])
+    true = pulled_back(outputs, parameters, direction)
+    return torch.cat([g.flatten() for g in alone]), torch.cat([g.flatten() for g in true])
 
 
 def _scaled(tensor: Tensor, signs: Tensor) -> Tensor:

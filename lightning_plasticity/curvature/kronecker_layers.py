@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -80,7 +80,7 @@ class FactorSums:
 
     def begin(self, loss: OutputLoss) -> None:
         """Note a batch's loss; its factors follow by ``add``."""
-        self.losses.append(replace(loss, outputs=loss.outputs.detach()))
+        self.losses.append(loss.detached())
 
     def add(self, name: str, inputs: Tensor, outputs: Tensor, positions: int) -> None:
         """Add the factors of a layer on the batch that has begun: (G, D, D) and (G, O, O)."""
@@ -91,7 +91,7 @@ class FactorSums:
 
     def totals(self, name: str) -> tuple[Tensor, Tensor]:
         """A and B of a layer on all samples, (G, D, D) and (G, O, O)."""
-        shares = batch_shares(self.losses, [loss.num_samples for loss in self.losses])
+        shares = batch_shares(self.losses)
         parts = zip(shares, self.outputs[name], strict=True)
         return self.inputs[name] / self.num_samples, torch.stack([share * part for share, part in parts]).sum(0)
 

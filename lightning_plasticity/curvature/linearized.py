@@ -18,14 +18,13 @@ from torch import nn
 from lightning_plasticity.curvature.closure import LossFunction
 from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.functions import as_batches
-from lightning_plasticity.curvature.gram import GramRows, assemble, collect_rows, disagreements
+from lightning_plasticity.curvature.gram import assemble
+from lightning_plasticity.curvature.gram_measure import collected_rows, columns_per_sample
 from lightning_plasticity.curvature.hessian_measure import Method, check_method
-from lightning_plasticity.curvature.layers import LayerTaps
-from lightning_plasticity.curvature.linearized_operator import WeightedOperator
 from lightning_plasticity.curvature.linearized_result import LinearizedPrediction
 from lightning_plasticity.curvature.linearized_start import KERNELS, Kernel, Start, start_of
-from lightning_plasticity.curvature.measured import RESOLUTION, Measured, finite, require_outputs
-from lightning_plasticity.curvature.ntk_operator import NtkOperator
+from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite, require_outputs
+from lightning_plasticity.curvature.output_jacobian import DualOperator, OutputJacobian
 from lightning_plasticity.linalg import lanczos
 from lightning_plasticity.nn import Mode
 
@@ -106,72 +105,83 @@ def linearized_trainability(
     _check_arguments(learning_rate, num_steps, kernel, method, lanczos_steps)
     measured = Measured(model, as_batches(data, model), loss_fn, params, mode, seed)
     started = time.perf_counter()
-    parameters = measured.parameters()
-    start = start_of(measured, kernel)
-    use_exact = method == "exact" or (method == "auto" and start.residual.numel() <= EXACT_ROWS)
-    about: dict[str, Any] = {
-        "learning_rate": learning_rate,
-        "num_steps": num_steps,
-        "num_samples": start.num_samples,
-        "num_rows": start.residual.numel(),
-        "curvature": start.curvature,
-        "kernel": kernel,
-        "offset": start.offset,
-        "settings": {"dtype": str(start.dtype).removeprefix("torch."), "mode": mode},
-    }
-    if not bool(start.residual.any()):  # the network fits the data: nothing is left to learn
-        about |= {"nodes": torch.zeros(1, dtype=torch.float64), "masses": torch.zeros(1, dtype=torch.float64)}
-    elif use_exact:
-        about |= _exact(measured, parameters, start)
+    num_rows = _num_rows(measured, kernel)
+    if method == "exact" or (method == "auto" and num_rows <= EXACT_ROWS):
+        start, about = _exact(measured, kernel)
     else:
         steps = min(LANCZOS_STEPS, num_steps + 1) if lanczos_steps is None else lanczos_steps
-        about |= _by_lanczos(measured, parameters, start, steps)
+        start, about = _by_lanczos(measured, kernel, steps)
     nodes = about["nodes"]
-    about["resolution"] = RESOLUTION.get(start.dtype, 1e-2) * float(nodes.max())
-    about["nodes"] = nodes.where(nodes > about["resolution"], 0.0)  # a null space that rounding would let decay
+    resolution = RESOLUTION.get(start.dtype, 1e-2) * float(nodes.max())
+    about["nodes"] = nodes.where(nodes > resolution, 0.0)  # a null space that rounding would let decay
     _check_stable(learning_rate, float(nodes.max()), kernel)
-    return LinearizedPrediction(**about, seconds=time.perf_counter() - started)
+    return LinearizedPrediction(
+        **about,
+        learning_rate=learning_rate,
+        num_steps=num_steps,
+        num_samples=start.num_samples,
+        num_rows=num_rows,
+        curvature=start.curvature,
+        kernel=kernel,
+        offset=start.offset,
+        resolution=resolution,
+        seconds=time.perf_counter() - started,
+        settings={"dtype": dtype_name(start.dtype), "mode": mode},
+    )
 
 
-def _exact(measured: Measured, parameters: Sequence[nn.Parameter], start: Start) -> dict[str, Any]:
-    """All eigenpairs of the Gram matrix; its rows are (column, sample), like the residual's entries."""
-    excluded: set[nn.Parameter] = set()
-    while True:
-        with measured.open() as closure:
-            batches: list[GramRows] = []
-            for index, (batch, columns) in enumerate(zip(measured.batches, start.columns, strict=True)):
-                with LayerTaps(measured.module) as taps:
-                    loss = require_outputs(closure(batch, index))
-                batches.append(collect_rows(loss.outputs, columns, taps, parameters, excluded))
-            if not (torn := disagreements(batches)):
-                gram = assemble(batches)
-                break
-        excluded |= torn
-    values, vectors = torch.linalg.eigh(finite(gram.matrix) * start.scale)
-    coefficients = vectors.T @ start.residual.to(vectors.device).flatten()
-    return {
-        "nodes": values.clamp_min(0.0).cpu(),
-        "masses": coefficients.square().cpu(),
-        "num_products": gram.num_backward,
-    }
+def _num_rows(measured: Measured, kernel: Kernel) -> int:
+    """Rows of the Gram matrix of all samples.
+
+    Raises:
+        MeasurementError: when batches differ in outputs per sample.
+    """
+    with measured.open() as closure:
+        losses = [require_outputs(closure(batch, i)).detached() for i, batch in enumerate(measured.batches)]
+    if len({loss.outputs[0].numel() for loss in losses}) > 1:
+        raise MeasurementError("The batches differ in outputs per sample; pass batches of one length.")
+    return sum(loss.num_samples * columns_per_sample(loss, kernel) for loss in losses)
 
 
-def _by_lanczos(measured: Measured, parameters: Sequence[nn.Parameter], start: Start, num_steps: int) -> dict[str, Any]:
+def _exact(measured: Measured, kernel: Kernel) -> tuple[Start, dict[str, Any]]:
+    """All eigenpairs of the Gram matrix; its rows are (column, sample), those of all batches side by side."""
+    with collected_rows(measured, kernel, measured.parameters()) as rows:
+        start = start_of(rows.losses, kernel)
+        residual = torch.cat(start.residual, dim=1).flatten()
+        if not bool(residual.any()):
+            return start, _nothing_left()
+        gram = assemble(rows.batches)
+    scale = start.curvature / start.num_samples if kernel == "ntk" else 1.0
+    values, vectors = torch.linalg.eigh(finite(gram.matrix) * scale)
+    coefficients = vectors.T @ residual.to(vectors.device)
+    found = {"nodes": values.clamp_min(0.0).cpu(), "masses": coefficients.square().cpu()}
+    return start, found | {"num_products": gram.num_backward}
+
+
+def _by_lanczos(measured: Measured, kernel: Kernel, num_steps: int) -> tuple[Start, dict[str, Any]]:
     """A Gauss quadrature of the residual's spectral measure."""
     with measured.open() as closure:
-        outputs = [require_outputs(closure(batch, index)).outputs for index, batch in enumerate(measured.batches)]
-        ntk = NtkOperator(outputs, parameters)
-        matvec = ntk.matvec if start.kernel == "ntk" else WeightedOperator(ntk, start.columns).matvec
-        run = lanczos(matvec, start.residual.to(ntk.device, ntk.dtype).flatten(), num_steps)
+        losses = [require_outputs(closure(batch, index)) for index, batch in enumerate(measured.batches)]
+        start = start_of([loss.detached() for loss in losses], kernel)
+        residual = torch.cat([part.flatten() for part in start.residual])
+        if not bool(residual.any()):
+            return start, _nothing_left()
+        jacobian = OutputJacobian([loss.outputs for loss in losses], measured.parameters())
+        operator = DualOperator(jacobian, start.roots)
+        run = lanczos(operator.matvec, residual.to(jacobian.device, jacobian.dtype), num_steps)
     nodes, vectors = run.ritz()
-    masses = torch.from_numpy(vectors[0] ** 2) * float(start.residual.square().sum())
-    return {
-        "nodes": start.curvature * torch.from_numpy(nodes).clamp_min(0.0),
-        "masses": masses,
+    return start, {
+        "nodes": torch.from_numpy(nodes).clamp_min(0.0),
+        "masses": torch.from_numpy(vectors[0] ** 2) * float(residual.square().sum()),
         "num_products": run.num_products,
         "exact_steps": float("inf") if run.breakdown else len(nodes) - 1,
         "lanczos": run,
     }
+
+
+def _nothing_left() -> dict[str, Any]:
+    """The network fits the data, and nothing is left to learn."""
+    return {"nodes": torch.zeros(1, dtype=torch.float64), "masses": torch.zeros(1, dtype=torch.float64)}
 
 
 def _check_arguments(learning_rate: float, num_steps: int, kernel: str, method: str, lanczos_steps: int | None) -> None:

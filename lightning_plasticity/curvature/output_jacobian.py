@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_plasticity.curvature.backward import pulled_back
 from lightning_plasticity.curvature.output_root import OutputRoot
 
 
@@ -38,10 +39,8 @@ class OutputJacobian:
         """J^T u: a direction shaped like the outputs of each batch, to a tensor for each parameter."""
         total = [torch.zeros_like(parameter) for parameter in self.parameters]
         for out, direction in zip(self._outputs, directions, strict=True):
-            pulled = torch.autograd.grad(
-                out, self.parameters, direction.to(out.dtype), retain_graph=True, allow_unused=True
-            )
-            total = [t if p is None else t + p for t, p in zip(total, pulled, strict=True)]
+            pulled = pulled_back(out, self.parameters, direction)
+            total = [t + p for t, p in zip(total, pulled, strict=True)]
         return total
 
     def push(self, direction: Sequence[Tensor]) -> list[Tensor]:

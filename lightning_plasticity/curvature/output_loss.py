@@ -1,7 +1,7 @@
 """A loss seen as a function of the network's outputs, and a square root of its Hessian there.
 
 The generalised Gauss-Newton matrix is G = J^T H_out J (Schraudolph 2002) with J the Jacobian of the outputs and H_out
-the Hessian of the loss in them. A factor S with S S^T = H_out gives its nonzero spectrum as that of the Gram matrix
+the Hessian of the loss in them. A root S with S S^T = H_out gives its nonzero spectrum as that of the Gram matrix
 S^T J J^T S. For softmax cross-entropy S has C - 1 columns a sample and no cancellation.
 """
 
@@ -27,7 +27,7 @@ class OutputLoss:
     """One call ``function(outputs, targets, **options)`` with a scalar result.
 
     Attributes:
-        function: the loss function; those of ``torch.nn.functional`` listed in ``CLOSED_FORMS`` get an exact factor.
+        function: the loss function; those of ``torch.nn.functional`` listed in ``CLOSED_FORMS`` get an exact root.
         outputs: (N, ...) outputs of the network, with their graph.
         targets: what ``function`` takes second.
         options: keyword arguments of the call.
@@ -68,14 +68,6 @@ class OutputLoss:
             options["weight"] = weight[:num_samples] if weight.shape[0] == total else weight
         return replace(self, outputs=self.outputs[:num_samples], targets=targets, options=options)
 
-    def hessian_factor(self) -> Tensor:
-        """(R, N, ...) columns S_r, each shaped like the outputs, with sum_r S_r S_r^T the Hessian, sample by sample.
-
-        Raises:
-            MeasurementError: as ``hessian_root``.
-        """
-        return self.hessian_root().columns()
-
     def hessian_root(self) -> OutputRoot:
         """A root of the Hessian in the outputs, as an operator.
 
@@ -86,6 +78,14 @@ class OutputLoss:
             closed = CLOSED_FORMS.get(self.function)
             root = closed(self) if closed is not None else None
         return _autograd_root(self) if root is None else root
+
+    def gradient(self) -> Tensor:
+        """(N, ...) float64 derivative in the outputs."""
+        return _precisely(self, lambda dtype: _first_derivative(self, dtype)[1].detach()).double()
+
+    def detached(self) -> OutputLoss:
+        """The same loss without the outputs' graph."""
+        return replace(self, outputs=self.outputs.detach())
 
     def value(self, outputs: Tensor) -> Tensor:
         """The loss at other outputs."""
@@ -100,12 +100,13 @@ class OutputLoss:
         return replace(self, targets=map_tensors(self.targets, cast), options=map_tensors(dict(self.options), cast))
 
 
-def batch_shares(losses: Sequence[OutputLoss | None], sizes: Sequence[int]) -> list[float]:
+def batch_shares(losses: Sequence[OutputLoss | None], sizes: Sequence[int] = ()) -> list[float]:
     """What to multiply the batches' losses by, so that they add up to the loss on all samples at once.
 
     Means are weighted by what they were divided by, sums are added; losses that are not known are taken as means over
-    samples.
+    samples, of which ``sizes`` says how many.
     """
+    sizes = sizes or [0 if loss is None else loss.num_samples for loss in losses]
     found = [None if loss is None else loss.normaliser for loss in losses]
     weights = [float(size) for size in sizes] if None in found else [weight for weight in found if weight is not None]
     if not any(weights):
@@ -117,8 +118,8 @@ def _cross_entropy_root(loss: OutputLoss) -> OutputRoot | None:
     outputs = loss.outputs
     _check_batched(loss)
     logits = outputs.reshape(outputs.shape[0], outputs.shape[1], -1).double()  # (N, C, T)
-    weights = _cross_entropy_weights(loss).reshape(outputs.shape[0], -1).sqrt()
-    return SoftmaxRoot(outputs.shape, torch.softmax(logits, dim=1).sqrt(), weights)
+    weights = _cross_entropy_weights(loss).reshape(outputs.shape[0], -1)
+    return SoftmaxRoot.of(outputs.shape, torch.softmax(logits, dim=1), weights)
 
 
 def _check_batched(loss: OutputLoss) -> None:
@@ -213,12 +214,7 @@ def _bce_root(loss: OutputLoss) -> OutputRoot | None:
 
 def _autograd_root(loss: OutputLoss) -> OutputRoot:
     """Any other twice differentiable loss: its block of second derivatives per sample, by double backward."""
-    try:
-        blocks = _second_derivatives(loss, torch.float64)
-    except MeasurementError:
-        raise
-    except RuntimeError:  # the loss holds tensors of its own, in the network's precision
-        blocks = _second_derivatives(loss, loss.outputs.dtype)
+    blocks = _precisely(loss, lambda dtype: _second_derivatives(loss, dtype))
     values, vectors = torch.linalg.eigh((0.5 * (blocks + blocks.transpose(1, 2))).double())
     slack, floor = _rounding(blocks)
     if float(values.min()) < -(slack * float(values.max()) + floor):
@@ -228,6 +224,24 @@ def _autograd_root(loss: OutputLoss) -> OutputRoot:
         )
     columns: Tensor = vectors * values.clamp_min(0.0).sqrt()[:, None, :]  # (N, O, R)
     return DenseRoot(loss.outputs.shape, columns.permute(2, 0, 1).reshape(-1, *loss.outputs.shape))
+
+
+def _precisely(loss: OutputLoss, derivative: Callable[[torch.dtype], Tensor]) -> Tensor:
+    """In float64; where the loss holds tensors of its own, in the network's precision, in that."""
+    try:
+        return derivative(torch.float64)
+    except MeasurementError:
+        raise
+    except RuntimeError:
+        return derivative(loss.outputs.dtype)
+
+
+def _first_derivative(loss: OutputLoss, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The outputs and the derivative in them, with its graph."""
+    with torch.enable_grad():
+        outputs = loss.outputs.detach().to(dtype).requires_grad_(True)
+        (gradient,) = torch.autograd.grad(loss.in_dtype(dtype).value(outputs), outputs, create_graph=True)
+    return outputs, gradient
 
 
 def _second_derivatives(loss: OutputLoss, dtype: torch.dtype) -> Tensor:
@@ -240,8 +254,7 @@ def _second_derivatives(loss: OutputLoss, dtype: torch.dtype) -> Tensor:
             "loss whose root is known: cross_entropy, mse_loss, binary_cross_entropy_with_logits."
         )
     with torch.enable_grad():
-        outputs = loss.outputs.detach().to(dtype).requires_grad_(True)
-        (gradient,) = torch.autograd.grad(loss.in_dtype(dtype).value(outputs), outputs, create_graph=True)
+        outputs, gradient = _first_derivative(loss, dtype)
         if not gradient.requires_grad:
             raise MeasurementError(
                 f"{loss.name} has no second derivative in the outputs; the GGN is zero or undefined. "

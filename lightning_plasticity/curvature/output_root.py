@@ -37,6 +37,10 @@ class OutputRoot(ABC):
         """S^T u: (N, ...) -> (R, N)."""
 
     @abstractmethod
+    def solve(self, outputs: Tensor) -> Tensor:
+        """S^+ u: (N, ...) -> (R, N), the v of least norm for which S v comes closest to u."""
+
+    @abstractmethod
     def columns(self) -> Tensor:
         """(R, N, ...) the columns S_r, each shaped like the outputs: sum_r S_r S_r^T is the Hessian of each sample."""
 
@@ -54,15 +58,25 @@ class OutputRoot(ABC):
 class SoftmaxRoot(OutputRoot):
     """Of cross-entropy, S = sqrt(omega) diag(sqrt p) Q, so that S S^T = omega (diag p - p p^T); products take O(C).
 
-    Q is the first C - 1 columns of the Householder matrix that maps sqrt(p) to -e_C.
+    Q is the Householder matrix I - u u^T / u_k with u = sqrt(p) + e_k, which maps sqrt(p) to -e_k, without its column
+    k. With k the most likely class of each sample and position no entry of Q suffers from cancellation: those of row k
+    are -sqrt(p_j), and 1 - p_j / u_k on the diagonal has p_j <= 1/2. Class k stands last here, in the last one's place.
 
     Attributes:
         root: (N, C, T) sqrt p at each position.
+        pivot: (N, 1, T) k, with which the last class has changed places in ``root``.
         weights: (N, T) sqrt omega.
     """
 
     root: Tensor
+    pivot: Tensor
     weights: Tensor
+
+    @classmethod
+    def of(cls, shape: torch.Size, probabilities: Tensor, weights: Tensor) -> SoftmaxRoot:
+        """From p (N, C, T) and omega (N, T)."""
+        pivot = probabilities.argmax(dim=1, keepdim=True)
+        return cls(shape, _exchanged(probabilities.sqrt(), pivot), pivot, weights.sqrt())
 
     @property
     def num_columns(self) -> int:
@@ -71,7 +85,7 @@ class SoftmaxRoot(OutputRoot):
 
     @property
     def _u(self) -> Tensor:
-        """(N, C, T): Q z = (z, 0) - u (u, z) / u_C. Nothing cancels in u, since sqrt p >= 0."""
+        """(N, C, T): Q z = (z, 0) - u (u, z) / u_k. Nothing cancels in u, since sqrt p >= 0."""
         u = self.root.clone()
         u[:, -1] += 1.0
         return u
@@ -83,14 +97,23 @@ class SoftmaxRoot(OutputRoot):
         inner = vector.to(u.dtype).reshape(num_positions, num_classes - 1, num_samples).permute(2, 1, 0)
         rotated = u * (-(u[:, :-1] * inner).sum(1, keepdim=True) / u[:, -1:])
         rotated[:, :-1] += inner
-        return (rotated * self.root * self.weights[:, None]).reshape(self.shape)
+        return _exchanged(rotated * self.root * self.weights[:, None], self.pivot).reshape(self.shape)
 
     def transpose(self, outputs: Tensor) -> Tensor:
         """S^T u: (N, ...) -> (R, N)."""
+        scaled = _exchanged(outputs.reshape(self.root.shape), self.pivot) * self.root * self.weights[:, None]
+        return self._reflected(scaled)
+
+    def solve(self, outputs: Tensor) -> Tensor:
+        """S^+ u = Q^T u / (sqrt(omega p)): (N, ...) -> (R, N); as accurate as u / sqrt(p), however small a p is."""
+        scale = self.root * self.weights[:, None]
+        return self._reflected(_divided(_exchanged(outputs.reshape(self.root.shape), self.pivot), scale))
+
+    def _reflected(self, values: Tensor) -> Tensor:
+        """Q^T u: (N, C, T) -> (R, N)."""
         u = self._u
-        scaled = outputs.reshape(self.root.shape) * self.root * self.weights[:, None]
-        inner = scaled[:, :-1] - u[:, :-1] * ((u * scaled).sum(1, keepdim=True) / u[:, -1:])
-        return inner.permute(2, 1, 0).reshape(self.num_columns, -1)
+        inner = values[:, :-1] - u[:, :-1] * ((u * values).sum(1, keepdim=True) / u[:, -1:])
+        return inner.permute(2, 1, 0).reshape(self.num_columns, len(values))
 
     def columns(self) -> Tensor:
         """(R, N, ...)."""
@@ -100,7 +123,8 @@ class SoftmaxRoot(OutputRoot):
         for t in range(num_positions):
             q = -u[:, :, None, t] * u[:, None, :-1, t] / u[:, -1:, None, t]  # (N, C, C-1)
             q += torch.eye(num_classes, num_classes - 1, dtype=q.dtype, device=q.device)
-            factor[t, :, :, :, t] = (self.root[:, :, None, t] * q * self.weights[:, None, None, t]).permute(2, 0, 1)
+            q *= (self.root * self.weights[:, None])[:, :, None, t]
+            factor[t, :, :, :, t] = _exchanged(q, self.pivot[:, :, None, t]).permute(2, 0, 1)
         return factor.reshape(self.num_columns, *self.shape)
 
     def scaled(self, factor: float) -> OutputRoot:
@@ -130,6 +154,10 @@ class DiagonalRoot(OutputRoot):
     def transpose(self, outputs: Tensor) -> Tensor:
         """S^T u: (N, ...) -> (R, N)."""
         return (outputs * self.root).reshape(self.num_samples, -1).T
+
+    def solve(self, outputs: Tensor) -> Tensor:
+        """S^+ u: (N, ...) -> (R, N)."""
+        return _divided(outputs, self.root).reshape(self.num_samples, -1).T
 
     def columns(self) -> Tensor:
         """(R, N, ...)."""
@@ -165,6 +193,15 @@ class DenseRoot(OutputRoot):
         flat = self.matrix.reshape(*self.matrix.shape[:2], -1)
         return torch.einsum("rno,no->rn", flat, outputs.reshape(self.num_samples, -1).to(flat.dtype))
 
+    def solve(self, outputs: Tensor) -> Tensor:
+        """S^+ u: (N, ...) -> (R, N). Rows are scaled alike first: where a solution exists that does not change it."""
+        flat = self.matrix.flatten(2).permute(1, 2, 0)  # (N, O, R)
+        norms = flat.norm(dim=2, keepdim=True)
+        norms = norms.where(norms > 0, 1.0)
+        values = outputs.reshape(self.num_samples, -1, 1).to(flat.dtype)
+        solution: Tensor = torch.linalg.pinv(flat / norms) @ (values / norms)
+        return solution[:, :, 0].T
+
     def columns(self) -> Tensor:
         """(R, N, ...)."""
         return self.matrix
@@ -172,3 +209,17 @@ class DenseRoot(OutputRoot):
     def scaled(self, factor: float) -> OutputRoot:
         """S times a factor."""
         return replace(self, matrix=self.matrix * factor)
+
+
+def _exchanged(values: Tensor, pivot: Tensor) -> Tensor:
+    """(N, C, ...) with class ``pivot`` (N, 1, ...) and the last one in each other's places."""
+    index = pivot.expand(-1, -1, *values.shape[2:])
+    moved = values.scatter(1, index, values[:, -1:])
+    moved[:, -1:] = values.gather(1, index)
+    return moved
+
+
+def _divided(values: Tensor, scale: Tensor) -> Tensor:
+    """Values / scale, zero where the scale is."""
+    live = scale != 0
+    return torch.where(live, values / scale.where(live, 1.0), 0.0)

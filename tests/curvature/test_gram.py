@@ -38,7 +38,7 @@ def test_output_factor_is_a_square_root_of_the_hessian(name):
     net, loss_fn, data = problem(name)
     output_loss = LossClosure(net, loss_fn)(data).output_loss
     outputs = output_loss.outputs.detach()
-    factor = output_loss.hessian_factor()
+    factor = output_loss.hessian_root().columns()
     assert factor.shape[1:] == outputs.shape
     # Each column belongs to one sample: between samples there is nothing.
     flat = factor.reshape(len(factor), N, -1)
@@ -54,7 +54,7 @@ def test_output_factor_is_a_square_root_of_the_hessian(name):
 
 def test_softmax_needs_one_column_less_than_classes():
     net, loss_fn, data = problem("cross entropy")
-    assert len(LossClosure(net, loss_fn)(data).output_loss.hessian_factor()) == C - 1
+    assert len(LossClosure(net, loss_fn)(data).output_loss.hessian_root().columns()) == C - 1
     assert ggn_spectrum(net, loss_fn, data).settings["rows"] == N * (C - 1)
 
 

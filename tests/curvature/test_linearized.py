@@ -20,7 +20,8 @@ from lightning_plasticity.curvature import (
     linearized_trainability,
     ntk_spectrum,
 )
-from lightning_plasticity.curvature.ntk_operator import NtkOperator
+from lightning_plasticity.curvature.output_jacobian import DualOperator, OutputJacobian
+from lightning_plasticity.curvature.output_root import DiagonalRoot
 
 METHODS: list[dict[str, Any]] = [{"method": "exact"}, {"method": "lanczos", "lanczos_steps": 60}]
 
@@ -231,7 +232,9 @@ def test_operator_is_the_kernel() -> None:
     net, (x, y) = small_net(), regression(outputs=3)
     net[0].bias.requires_grad_(False)
     parameters = [p for p in net.parameters() if p.requires_grad] + [nn.Parameter(torch.zeros(2).double())]
-    operator = NtkOperator([net(x[:10]), net(x[10:])], parameters)
+    shapes = [torch.Size((size, 3)) for size in (10, 14)]
+    roots = [DiagonalRoot(shape, torch.full(shape, 24**-0.5, dtype=torch.float64)) for shape in shapes]
+    operator = DualOperator(OutputJacobian([net(x[:10]), net(x[10:])], parameters), roots)
     dense = torch.stack([operator.matvec(unit) for unit in torch.eye(72, dtype=torch.float64)])
     torch.testing.assert_close(dense, dense.T)
     exact = ntk_spectrum(net, half_squared, (x, y)).eigenvalues
