@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -126,9 +127,14 @@ class Costs:
         return max(0.0, cost(last) + slope * (samples - last.samples))
 
 
-def counted(measured: Measured) -> Trial:
-    """Costs from the operations and the graph of one forward pass: no clock, so the same every time."""
-    return on_few(measured, (FEW,), _counted)[0][0]
+def counted(measured: Measured, operations: bool = True) -> Trial:
+    """Costs from the operations and the graph of one forward pass: no clock, so the same every time.
+
+    Args:
+        measured: what to measure on.
+        operations: whether seconds matter; without them products count as free.
+    """
+    return on_few(measured, (FEW,), lambda few: _counted(few, operations))[0][0]
 
 
 def timed(
@@ -164,13 +170,13 @@ def ladder(samples: int, steps: int) -> Iterator[tuple[int, int]]:
         yield samples, steps
 
 
-def _counted(measured: Measured) -> Trial:
+def _counted(measured: Measured, operations: bool) -> Trial:
     samples, module = num_samples(measured.batches), measured.module
-    with measured.open() as closure, GraphMeter(list(module.parameters())) as meter:
-        with FlopCounterMode(display=False) as counter:
-            for index, batch in enumerate(measured.batches):
-                closure(batch, index)
-        work = counter.get_total_flops() + BYTE_WORK * meter.num_bytes
+    flops = FlopCounterMode(display=False) if operations else nullcontext()
+    with measured.open() as closure, GraphMeter(list(module.parameters())) as meter, flops as counter:
+        for index, batch in enumerate(measured.batches):
+            closure(batch, index)
+    work = 0.0 if counter is None else counter.get_total_flops() + BYTE_WORK * meter.num_bytes
     if any(isinstance(child, nn.RNNBase) for child in module.modules()):
         work = math.inf  # one fused operation, which the counter does not know
     return Trial(samples, 0.0, work / SLOW_RATE, SECOND_ORDER * meter.num_bytes)

@@ -88,7 +88,8 @@ class _Planner:
         self.total = num_samples(measured.batches)
         self.memory = budget.memory(parameters[0].device)
         size = sum(parameter.numel() for parameter in parameters)
-        self.costs = Costs([counted(measured)], size, parameters[0].dtype.itemsize)
+        light = counted(measured, operations=budget.max_seconds is not None)
+        self.costs = Costs([light], size, parameters[0].dtype.itemsize)
         self._divisible: bool | None = None
 
     def plan(self) -> HessianPlan:
