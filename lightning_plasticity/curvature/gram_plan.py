@@ -26,7 +26,7 @@ GRAMS = 3  # times the Gram matrix: itself, and what its decomposition needs
 VECTORS = 4  # of P coordinates: a snapshot, and the gradients that the shortcuts are checked by
 TIMED_ROWS = 500  # size of the matrix whose decomposition is timed
 SMALL_WORK = 1e9  # coordinates times rows, that no trial is made for
-LEAST_ROW_BYTES = 2**22
+LEAST_ROW_BYTES = 2**18
 DENSE_ROWS = 10_000  # an estimate forms the Gram matrix up to this size: a product with it then costs less
 
 

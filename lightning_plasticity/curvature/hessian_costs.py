@@ -149,7 +149,7 @@ def timed(
 def sweep_seconds(like: Tensor, room: float) -> float:
     """What one coordinate of one basis vector costs in one pass, from vectors that no cache holds if there is room."""
     count = 4
-    size = int(min(2**20, max(2**12, room / (2 * count * like.dtype.itemsize))))
+    size = int(min(2**20, max(2**12, room / (8 * count * like.dtype.itemsize))))
     basis = torch.ones(count, size, dtype=like.dtype, device=like.device)
     return min(_seconds(lambda: torch.mv(basis, basis[0])) for _ in range(3)) / (count * size)
 

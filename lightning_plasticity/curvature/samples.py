@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from lightning_plasticity.nn.batches import batch_size, map_tensors
@@ -55,15 +56,17 @@ def in_parts(batches: Sequence[Any], size: int) -> list[Any]:
 def on_few(
     measured: Measured, sizes: Sequence[int], function: Callable[[Measured], Result]
 ) -> tuple[list[Result], bool]:
-    """A function of the first few samples, for several such sizes; and whether the data could be cut so.
+    """A function of the first few samples, for several such sizes; and whether that has shown that batches can be cut.
 
     Where it fails, it is tried once on the whole first batch, and what it raises there is raised: a step may take
     batches of its own size only, or all of the few samples be ignored by the loss.
     """
     try:
-        return [function(measured.first(size)) for size in sizes], True
+        found = [function(measured.first(size)) for size in sizes]
     except Exception:
         return [function(measured.with_batches(measured.batches[:1]))], False
+    whole = set(accumulate(batch_size(batch) for batch in measured.batches))
+    return found, any(size not in whole and size < max(whole) for size in sizes)
 
 
 def _part(batch: Any, total: int, start: int, stop: int) -> Any:

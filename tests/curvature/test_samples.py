@@ -59,6 +59,7 @@ def test_a_function_of_few_samples_or_of_a_whole_batch():
     measured = Measured(mlp(4, 3), [classes(6, 4, 3), classes(2, 4, 3)], cross_entropy)
     size = lambda few: num_samples(few.batches)  # noqa: E731
     assert on_few(measured, (2, 7), size) == ([2, 7], True)
+    assert on_few(measured, (6, 99), size) == ([6, 8], False)  # at the ends of batches: nothing was cut
 
     def picky(few):
         if size(few) != 6:
