@@ -97,13 +97,14 @@ def ggn_spectrum(
         data: as in ``hessian_spectrum``.
         params: as in ``hessian_spectrum``.
         method: ``"exact"`` decomposes the Gram matrix of the first samples that fit ``max_rows`` (``num_samples`` of
-            the result says how many); ``"lanczos"`` estimates, with intervals, on all samples; ``"auto"`` is exact when
-            32 samples or all of them fit, else Lanczos. The settings of the result say why, and by which route.
+            the result says how many); ``"lanczos"`` estimates, with intervals, on all samples that ``max_seconds`` and
+            ``max_memory`` allow; ``"auto"`` is exact when 32 samples or all of them fit ``max_rows``, else Lanczos.
+            The settings of the result say why, and by which route.
         max_rows: bound on the size of the Gram matrix to decompose, N (C - 1) for cross-entropy; None for no bound. It
             takes about (rows / 1500)^3 / 5 seconds.
         num_steps: Lanczos steps, as in ``hessian_spectrum``. Equal eigenvalues may look like one to a single probe.
-        max_seconds: wall time that an exact spectrum may take; fewer samples are chosen for it, from a short
-            calibration, and ``settings["budget"]`` says how many. None for any.
+        max_seconds: wall time; fewer samples, and for an estimate fewer steps, are chosen for it, from a short
+            calibration, and ``settings["budget"]`` says which. None for any.
         max_memory: as in ``hessian_spectrum``.
         mode: as in ``hessian_spectrum``.
         seed: as in ``hessian_spectrum``.
