@@ -22,7 +22,8 @@ from lightning_plasticity.curvature.gram_measure import MAX_ROWS
 from lightning_plasticity.curvature.gram_plan import GramPlan, plan_gram
 from lightning_plasticity.curvature.hessian_measure import LANCZOS_STEPS
 from lightning_plasticity.curvature.hessian_plan import HessianPlan, plan_hessian
-from lightning_plasticity.curvature.samples import num_samples, on_few
+from lightning_plasticity.curvature.measured import on_few
+from lightning_plasticity.curvature.samples import num_samples
 from lightning_plasticity.linalg import Estimate
 from lightning_plasticity.loggers import log_figure, spectra_figure, takes_figures
 from lightning_plasticity.nn.undisturbed import MODES, Mode

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity.curvature.arpack import ORDERS, ArpackIteration, Pairs, Which, best, subspace_size
 from lightning_plasticity.curvature.closure import LossFunction
-from lightning_plasticity.curvature.functions import as_batches
+from lightning_plasticity.curvature.data import as_batches
 from lightning_plasticity.curvature.hessian import HessianOperator
 from lightning_plasticity.curvature.hessian_problem import opened
 from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite

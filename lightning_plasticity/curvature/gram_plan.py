@@ -14,9 +14,9 @@ from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.gram import MAX_ROW_BYTES, assemble
 from lightning_plasticity.curvature.gram_measure import Matrix, collected_rows, columns_per_sample
 from lightning_plasticity.curvature.hessian_costs import Costs, counted, ladder, timed
-from lightning_plasticity.curvature.measured import Measured, require_outputs
+from lightning_plasticity.curvature.measured import Measured, on_few, require_outputs
 from lightning_plasticity.curvature.memory import GraphMeter
-from lightning_plasticity.curvature.samples import in_whole_batches, num_samples, on_few
+from lightning_plasticity.curvature.samples import in_whole_batches, num_samples
 from lightning_plasticity.nn.batches import batch_size
 
 MIN_SAMPLES = 32  # an exact spectrum of fewer samples says less than an estimate on all of them

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_plasticity.curvature.hessian_problem import opened
-from lightning_plasticity.curvature.measured import Measured
+from lightning_plasticity.curvature.measured import Measured, on_few
 from lightning_plasticity.curvature.memory import GraphMeter
-from lightning_plasticity.curvature.samples import num_samples, on_few
+from lightning_plasticity.curvature.samples import num_samples
 
 Basis = Literal["full", "float16", "none"]
 

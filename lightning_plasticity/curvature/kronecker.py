@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.curvature.closure import LossFunction
+from lightning_plasticity.curvature.data import as_batches
 from lightning_plasticity.curvature.errors import MeasurementError
-from lightning_plasticity.curvature.functions import as_batches
 from lightning_plasticity.curvature.gram_measure import measure_gram
 from lightning_plasticity.curvature.kronecker_backpack import FACTORS, Factors, Refused, backpack_factors
 from lightning_plasticity.curvature.kronecker_hooks import hook_factors

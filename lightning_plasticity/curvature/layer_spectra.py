@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_plasticity.curvature.closure import LossFunction
-from lightning_plasticity.curvature.functions import as_batches
+from lightning_plasticity.curvature.data import as_batches
 from lightning_plasticity.curvature.gram import assemble
 from lightning_plasticity.curvature.gram_measure import collected_rows, exact_spectrum
 from lightning_plasticity.curvature.hessian_measure import measure_hessian

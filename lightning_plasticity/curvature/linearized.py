@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from lightning_plasticity.curvature.closure import LossFunction
+from lightning_plasticity.curvature.data import as_batches
 from lightning_plasticity.curvature.errors import MeasurementError
-from lightning_plasticity.curvature.functions import as_batches
 from lightning_plasticity.curvature.gram import assemble
 from lightning_plasticity.curvature.gram_measure import collected_rows, columns_per_sample
 from lightning_plasticity.curvature.hessian_measure import Method, check_method

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from itertools import accumulate
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,9 @@ from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.output_loss import OutputLoss
 from lightning_plasticity.curvature.samples import first_samples
 from lightning_plasticity.nn import Mode, undisturbed
+from lightning_plasticity.nn.batches import batch_size
 
+Result = TypeVar("Result")
 # Rounding of one eigenvalue relative to the largest, by the dtype of the products.
 RESOLUTION = {torch.float64: 1e-13, torch.float32: 1e-6}
 
@@ -108,3 +111,19 @@ def finite(matrix: Tensor) -> Tensor:
 def dtype_name(dtype: torch.dtype) -> str:
     """``"float32"`` and the like."""
     return str(dtype).removeprefix("torch.")
+
+
+def on_few(
+    measured: Measured, sizes: Sequence[int], function: Callable[[Measured], Result]
+) -> tuple[list[Result], bool]:
+    """A function of the first few samples, for several such sizes; and whether that has shown that batches can be cut.
+
+    Where it fails, it is tried once on the whole first batch, and what it raises there is raised: a step may take
+    batches of its own size only, or all of the few samples be ignored by the loss.
+    """
+    try:
+        found = [function(measured.first(size)) for size in sizes]
+    except Exception:
+        return [function(measured.with_batches(measured.batches[:1]))], False
+    whole = set(accumulate(batch_size(batch) for batch in measured.batches))
+    return found, any(size not in whole and size < max(whole) for size in sizes)

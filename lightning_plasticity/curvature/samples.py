@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import accumulate
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from lightning_plasticity.nn.batches import batch_size, map_tensors
-
-if TYPE_CHECKING:
-    from lightning_plasticity.curvature.measured import Measured
-
-Result = TypeVar("Result")
 
 
 def num_samples(batches: Sequence[Any]) -> int:
@@ -51,22 +45,6 @@ def in_parts(batches: Sequence[Any], size: int) -> list[Any]:
         else:
             parts += [_part(batch, total, start, min(start + size, total)) for start in range(0, total, size)]
     return parts
-
-
-def on_few(
-    measured: Measured, sizes: Sequence[int], function: Callable[[Measured], Result]
-) -> tuple[list[Result], bool]:
-    """A function of the first few samples, for several such sizes; and whether that has shown that batches can be cut.
-
-    Where it fails, it is tried once on the whole first batch, and what it raises there is raised: a step may take
-    batches of its own size only, or all of the few samples be ignored by the loss.
-    """
-    try:
-        found = [function(measured.first(size)) for size in sizes]
-    except Exception:
-        return [function(measured.with_batches(measured.batches[:1]))], False
-    whole = set(accumulate(batch_size(batch) for batch in measured.batches))
-    return found, any(size not in whole and size < max(whole) for size in sizes)
 
 
 def _part(batch: Any, total: int, start: int, stop: int) -> Any:

@@ -7,7 +7,8 @@ import torch
 from problems import classes, cross_entropy, mlp
 
 from lightning_plasticity.curvature import Measured, MeasurementError
-from lightning_plasticity.curvature.samples import first_samples, in_parts, in_whole_batches, num_samples, on_few
+from lightning_plasticity.curvature.measured import on_few
+from lightning_plasticity.curvature.samples import first_samples, in_parts, in_whole_batches, num_samples
 
 Pair = namedtuple("Pair", "x y")
 
