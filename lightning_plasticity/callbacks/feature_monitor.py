@@ -14,7 +14,7 @@ from lightning_plasticity.callbacks.arguments import choice, decimal, function, 
 from lightning_plasticity.callbacks.live import live_optimizers
 from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement, OnError, Phase, describe
 from lightning_plasticity.curvature import LossClosure
-from lightning_plasticity.curvature.closure import LossFunction
+from lightning_plasticity.curvature.loss.closure import LossFunction
 from lightning_plasticity.linalg import (
     Estimate,
     effective_rank_of,

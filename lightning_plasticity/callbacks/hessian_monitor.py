@@ -16,12 +16,12 @@ from lightning_plasticity.callbacks.live import live_optimizers
 from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement, OnError, Phase, describe, tell
 from lightning_plasticity.curvature import Measured, MeasurementError, Spectrum, measure_hessian
 from lightning_plasticity.curvature.budget import Budget, training_step_bytes
-from lightning_plasticity.curvature.closure import LossFunction
-from lightning_plasticity.curvature.gram_lanczos import gram_spectrum
-from lightning_plasticity.curvature.gram_measure import MAX_ROWS
-from lightning_plasticity.curvature.gram_plan import GramPlan, plan_gram
-from lightning_plasticity.curvature.hessian_measure import LANCZOS_STEPS
-from lightning_plasticity.curvature.hessian_plan import HessianPlan, plan_hessian
+from lightning_plasticity.curvature.gram.estimate import gram_spectrum
+from lightning_plasticity.curvature.gram.measure import MAX_ROWS
+from lightning_plasticity.curvature.gram.plan import GramPlan, plan_gram
+from lightning_plasticity.curvature.hessian.measure import LANCZOS_STEPS
+from lightning_plasticity.curvature.hessian.plan import HessianPlan, plan_hessian
+from lightning_plasticity.curvature.loss.closure import LossFunction
 from lightning_plasticity.curvature.measured import on_few
 from lightning_plasticity.curvature.samples import num_samples
 from lightning_plasticity.linalg import Estimate

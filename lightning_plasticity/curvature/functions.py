@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 
 from lightning_plasticity.curvature.budget import Budget
-from lightning_plasticity.curvature.closure import LossFunction
 from lightning_plasticity.curvature.data import as_batches
-from lightning_plasticity.curvature.gram_lanczos import GramMethod, gram_spectrum
-from lightning_plasticity.curvature.hessian_measure import LANCZOS_STEPS, Method, measure_hessian
+from lightning_plasticity.curvature.gram.estimate import GramMethod, gram_spectrum
+from lightning_plasticity.curvature.hessian.measure import LANCZOS_STEPS, Method, measure_hessian
+from lightning_plasticity.curvature.loss.closure import LossFunction
 from lightning_plasticity.curvature.measured import Measured
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.nn import Mode

@@ -9,11 +9,11 @@ from typing import Any, Literal
 
 from torch import nn
 
-from lightning_plasticity.curvature.closure import LossFunction
 from lightning_plasticity.curvature.data import as_batches
-from lightning_plasticity.curvature.gram import assemble
-from lightning_plasticity.curvature.gram_measure import collected_rows, exact_spectrum
-from lightning_plasticity.curvature.hessian_measure import measure_hessian
+from lightning_plasticity.curvature.gram.matrix import assemble
+from lightning_plasticity.curvature.gram.measure import collected_rows, exact_spectrum
+from lightning_plasticity.curvature.hessian.measure import measure_hessian
+from lightning_plasticity.curvature.loss.closure import LossFunction
 from lightning_plasticity.curvature.measured import Measured
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.nn import Mode

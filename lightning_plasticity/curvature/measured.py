@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.curvature.closure import Evaluation, LossClosure, LossFunction
 from lightning_plasticity.curvature.errors import MeasurementError
-from lightning_plasticity.curvature.output_loss import OutputLoss
+from lightning_plasticity.curvature.loss.closure import Evaluation, LossClosure, LossFunction
+from lightning_plasticity.curvature.loss.output_loss import OutputLoss
 from lightning_plasticity.curvature.samples import first_samples
 from lightning_plasticity.nn import Mode, undisturbed
 from lightning_plasticity.nn.batches import batch_size

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_plasticity import HessianSpectrumMonitor
 from lightning_plasticity.callbacks import hessian_monitor
 from lightning_plasticity.callbacks.kept_plans import KeptPlans
-from lightning_plasticity.curvature.hessian_plan import HessianPlan
+from lightning_plasticity.curvature.hessian.plan import HessianPlan
 
 TINY = {"max_seconds": 1e-3, "probe_samples": 40, "num_steps": 30, "on_error": "raise"}
 SLACK = 32  # MiB that the allocator keeps of what has been freed, and the code that is loaded on the way
@@ -37,7 +37,7 @@ def monitor(**settings: Any) -> HessianSpectrumMonitor:
 def trials(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A thousandth of a second on a core that counts as slow is too little for any of the networks here."""
     made: list[str] = []
-    for module, name in (("hessian_plan", "timed"), ("gram_plan", "_trials")):
+    for module, name in (("hessian.plan", "timed"), ("gram.plan", "_trials")):
         path = f"lightning_plasticity.curvature.{module}"
         function = getattr(sys.modules[path], name)
         monkeypatch.setattr(f"{path}.{name}", lambda *a, f=function, n=name, **k: made.append(n) or f(*a, **k))

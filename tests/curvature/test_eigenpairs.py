@@ -14,9 +14,9 @@ from states import changed, state
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import lightning_plasticity.curvature.eigenpairs as eigenpairs
+import lightning_plasticity.curvature.hessian.eigenpairs as eigenpairs
 from lightning_plasticity.curvature import Eigenpairs, MeasurementError, hessian_eigenpairs
-from lightning_plasticity.curvature.arpack import ORDERS, ArpackIteration
+from lightning_plasticity.curvature.hessian.arpack import ORDERS, ArpackIteration
 
 WHICH = tuple(ORDERS)
 

@@ -19,8 +19,9 @@ from problems import (
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_plasticity.curvature import LossClosure, ggn_spectrum, gram_plan, ntk_spectrum
-from lightning_plasticity.curvature.output_jacobian import DualOperator, OutputJacobian, PrimalOperator
+from lightning_plasticity.curvature import LossClosure, ggn_spectrum, ntk_spectrum
+from lightning_plasticity.curvature.gram import plan as gram_plan
+from lightning_plasticity.curvature.gram.jacobian import DualOperator, OutputJacobian, PrimalOperator
 
 ROUTES = {
     "gram": "lanczos on the Gram matrix",

@@ -6,10 +6,11 @@ from problems import assert_same_eigenvalues, classes, cross_entropy, dense_ggn,
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_plasticity.curvature import Measured, MeasurementError, ggn_spectrum, gram_plan
+from lightning_plasticity.curvature import Measured, MeasurementError, ggn_spectrum
 from lightning_plasticity.curvature.budget import Budget
-from lightning_plasticity.curvature.gram_lanczos import gram_spectrum
-from lightning_plasticity.curvature.gram_plan import plan_gram
+from lightning_plasticity.curvature.gram import plan as gram_plan
+from lightning_plasticity.curvature.gram.estimate import gram_spectrum
+from lightning_plasticity.curvature.gram.plan import plan_gram
 
 MIB = 2**20
 

@@ -9,11 +9,13 @@ from problems import classes, cross_entropy, mlp
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_plasticity.curvature import Measured, MeasurementError, hessian_costs, hessian_plan, hessian_spectrum
+from lightning_plasticity.curvature import Measured, MeasurementError, hessian_spectrum
 from lightning_plasticity.curvature.budget import Budget
-from lightning_plasticity.curvature.hessian_costs import Costs, Trial, counted, ladder
-from lightning_plasticity.curvature.hessian_measure import measure_hessian
-from lightning_plasticity.curvature.hessian_plan import HessianPlan, plan_hessian
+from lightning_plasticity.curvature.hessian import costs as hessian_costs
+from lightning_plasticity.curvature.hessian import plan as hessian_plan
+from lightning_plasticity.curvature.hessian.costs import Costs, Trial, counted, ladder
+from lightning_plasticity.curvature.hessian.measure import measure_hessian
+from lightning_plasticity.curvature.hessian.plan import HessianPlan, plan_hessian
 
 MIB = 2**20
 SAMPLES = 200
@@ -34,7 +36,7 @@ def planned(measured, num_steps=120, **bounds):
 @pytest.fixture
 def no_range(monkeypatch):
     """Only products in parameter space, whose memory is known here."""
-    monkeypatch.setattr("lightning_plasticity.curvature.hessian_problem.MIN_SPEEDUP", 1e9)
+    monkeypatch.setattr("lightning_plasticity.curvature.hessian.problem.MIN_SPEEDUP", 1e9)
 
 
 @pytest.fixture

@@ -7,9 +7,10 @@ from states import state
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_plasticity.curvature import Measured, MeasurementError, hessian_measure, measure_hessian
-from lightning_plasticity.curvature.hessian_plan import HessianPlan
-from lightning_plasticity.curvature.hessian_problem import cut, joined, opened
+from lightning_plasticity.curvature import Measured, MeasurementError, measure_hessian
+from lightning_plasticity.curvature.hessian import measure as hessian_measure
+from lightning_plasticity.curvature.hessian.plan import HessianPlan
+from lightning_plasticity.curvature.hessian.problem import cut, joined, opened
 from lightning_plasticity.nn.undisturbed import is_measuring
 
 

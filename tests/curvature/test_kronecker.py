@@ -22,7 +22,7 @@ from lightning_plasticity.curvature import (
     ggn_spectrum,
     kronecker_spectrum,
 )
-from lightning_plasticity.curvature.kronecker_hooks import hook_factors
+from lightning_plasticity.curvature.kronecker.hooks_route import hook_factors
 from lightning_plasticity.linalg import (
     effective_rank,
     effective_rank_of,
@@ -333,7 +333,7 @@ def test_two_samples_without_a_loss_do_not_stop_the_measurement() -> None:
 
 
 def test_what_the_hooks_leave_out_is_not_left_to_backpack(monkeypatch: pytest.MonkeyPatch) -> None:
-    import lightning_plasticity.curvature.kronecker as module
+    import lightning_plasticity.curvature.kronecker.spectrum as module
 
     def without_the_last(measured: Any, layers: Any) -> Any:
         sums = hook_factors(measured, layers)
@@ -639,7 +639,7 @@ def test_settings_are_refused(options: dict[str, Any], message: str) -> None:
 
 
 def test_check_on_too_many_samples_says_how_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    import lightning_plasticity.curvature.kronecker as module
+    import lightning_plasticity.curvature.kronecker.spectrum as module
 
     monkeypatch.setattr(module, "CHECK_ROWS", 10)
     with pytest.raises(ValueError, match="which is 5 samples here; got 20"):

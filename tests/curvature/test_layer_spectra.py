@@ -5,7 +5,8 @@ import torch
 from problems import assert_same_eigenvalues, classes, cross_entropy, dense_ggn, dense_hessian, dense_ntk, expanded, mlp
 from torch import nn
 
-from lightning_plasticity.curvature import gram, layer_spectra
+from lightning_plasticity.curvature import layer_spectra
+from lightning_plasticity.curvature.gram import matrix as gram
 
 
 class Shared(nn.Module):

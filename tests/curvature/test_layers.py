@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from lightning_plasticity.curvature import ggn_spectrum, ntk_spectrum, shares
+from lightning_plasticity.curvature import ggn_spectrum, ntk_spectrum
+from lightning_plasticity.curvature.gram import shares
 
 
 class Pooled(nn.Module):

@@ -20,8 +20,8 @@ from lightning_plasticity.curvature import (
     linearized_trainability,
     ntk_spectrum,
 )
-from lightning_plasticity.curvature.output_jacobian import DualOperator, OutputJacobian
-from lightning_plasticity.curvature.output_root import DiagonalRoot
+from lightning_plasticity.curvature.gram.jacobian import DualOperator, OutputJacobian
+from lightning_plasticity.curvature.loss.output_root import DiagonalRoot
 
 METHODS: list[dict[str, Any]] = [{"method": "exact"}, {"method": "lanczos", "lanczos_steps": 60}]
 

@@ -11,10 +11,10 @@ from problems import Apply, classes, dense_hessian, from_vectors, mlp, trainable
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_plasticity.curvature.hessian import HessianOperator
+from lightning_plasticity.curvature.hessian.linear_stack import ACTIVATIONS
+from lightning_plasticity.curvature.hessian.operator import HessianOperator
+from lightning_plasticity.curvature.hessian.range_space import estimated_speedup, range_operator
 from lightning_plasticity.curvature.layers import LayerTaps
-from lightning_plasticity.curvature.linear_stack import ACTIVATIONS
-from lightning_plasticity.curvature.range_space import estimated_speedup, range_operator
 from lightning_plasticity.linalg import lanczos
 
 TINY = {torch.float64: 1e-13, torch.float32: 1e-6}  # rounding of an eigenvalue relative to the largest

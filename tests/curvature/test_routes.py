@@ -5,7 +5,9 @@ import torch
 from problems import Apply, assert_same_eigenvalues, cross_entropy, dense_ggn, dense_jacobian, expanded
 from torch import nn
 
-from lightning_plasticity.curvature import MeasurementError, ggn_spectrum, gram, hessian_spectrum, ntk_spectrum, shares
+from lightning_plasticity.curvature import MeasurementError, ggn_spectrum, hessian_spectrum, ntk_spectrum
+from lightning_plasticity.curvature.gram import matrix as gram
+from lightning_plasticity.curvature.gram import shares
 
 
 @pytest.mark.parametrize(("channels", "route"), [(64, "_add_pairs"), (2, "_add_rows")])

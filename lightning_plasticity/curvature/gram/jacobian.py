@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.curvature.backward import pulled_back
-from lightning_plasticity.curvature.output_root import OutputRoot
+from lightning_plasticity.curvature.loss.output_root import OutputRoot
 
 
 class OutputJacobian:

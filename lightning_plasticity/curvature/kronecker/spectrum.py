@@ -10,14 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.curvature.closure import LossFunction
 from lightning_plasticity.curvature.data import as_batches
 from lightning_plasticity.curvature.errors import MeasurementError
-from lightning_plasticity.curvature.gram_measure import measure_gram
-from lightning_plasticity.curvature.kronecker_backpack import FACTORS, Factors, Refused, backpack_factors
-from lightning_plasticity.curvature.kronecker_hooks import hook_factors
-from lightning_plasticity.curvature.kronecker_layers import ChosenLayer, FactorSums, choose_layers, no_layers
-from lightning_plasticity.curvature.kronecker_result import WHOLE, KroneckerSpectrum
+from lightning_plasticity.curvature.gram.measure import measure_gram
+from lightning_plasticity.curvature.kronecker.backpack_route import FACTORS, Factors, Refused, backpack_factors
+from lightning_plasticity.curvature.kronecker.hooks_route import hook_factors
+from lightning_plasticity.curvature.kronecker.layers import ChosenLayer, FactorSums, choose_layers, no_layers
+from lightning_plasticity.curvature.kronecker.result import WHOLE, KroneckerSpectrum
+from lightning_plasticity.curvature.loss.closure import LossFunction
 from lightning_plasticity.curvature.measured import Measured
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.nn import Mode

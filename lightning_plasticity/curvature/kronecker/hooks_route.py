@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.curvature.backward import pulled_back
-from lightning_plasticity.curvature.gram import CHECK_TOLERANCE
-from lightning_plasticity.curvature.kronecker_layers import ChosenLayer, FactorSums, usable_calls
+from lightning_plasticity.curvature.gram.matrix import CHECK_TOLERANCE
+from lightning_plasticity.curvature.kronecker.layers import ChosenLayer, FactorSums, usable_calls
 from lightning_plasticity.curvature.layers import LayerCall, LayerTaps, patches_of
 from lightning_plasticity.curvature.measured import Measured, require_outputs
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.curvature.errors import MeasurementError
-from lightning_plasticity.curvature.kronecker_block import KroneckerBlock
+from lightning_plasticity.curvature.kronecker.block import KroneckerBlock
 from lightning_plasticity.curvature.layers import LayerCall, LayerTaps
-from lightning_plasticity.curvature.output_loss import OutputLoss, batch_shares
+from lightning_plasticity.curvature.loss.output_loss import OutputLoss, batch_shares
 
 ROOT = "root"  # name of the layer when the whole model is one
 

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from lightning_plasticity.curvature.budget import Budget, ended_early, in_mib
 from lightning_plasticity.curvature.errors import MeasurementError
-from lightning_plasticity.curvature.hessian_costs import GRAMS, LEAST_STEPS
-from lightning_plasticity.curvature.hessian_plan import HessianPlan, plan_hessian
-from lightning_plasticity.curvature.hessian_problem import HessianProblem, opened
+from lightning_plasticity.curvature.hessian.costs import GRAMS, LEAST_STEPS
+from lightning_plasticity.curvature.hessian.plan import HessianPlan, plan_hessian
+from lightning_plasticity.curvature.hessian.problem import HessianProblem, opened
 from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite
 from lightning_plasticity.curvature.samples import num_samples
 from lightning_plasticity.curvature.spectrum import Spectrum

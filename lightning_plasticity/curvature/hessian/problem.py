@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.curvature.closure import Evaluation, LossClosure
 from lightning_plasticity.curvature.errors import MeasurementError
-from lightning_plasticity.curvature.hessian import HessianOperator
+from lightning_plasticity.curvature.hessian.operator import HessianOperator
+from lightning_plasticity.curvature.hessian.range_space import RangeOperator, estimated_speedup, range_operator
 from lightning_plasticity.curvature.layers import LayerTaps
+from lightning_plasticity.curvature.loss.closure import Evaluation, LossClosure
+from lightning_plasticity.curvature.loss.output_loss import batch_shares
 from lightning_plasticity.curvature.measured import Measured
 from lightning_plasticity.curvature.memory import forward_only
-from lightning_plasticity.curvature.output_loss import batch_shares
-from lightning_plasticity.curvature.range_space import RangeOperator, estimated_speedup, range_operator
 from lightning_plasticity.curvature.samples import in_parts
 from lightning_plasticity.linalg.lanczos import Matvec
 from lightning_plasticity.nn.batches import join_batches

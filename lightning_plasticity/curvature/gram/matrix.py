@@ -18,9 +18,16 @@ from torch import Tensor, nn
 
 from lightning_plasticity.curvature.backward import pulled_back
 from lightning_plasticity.curvature.errors import MeasurementError
-from lightning_plasticity.curvature.factors import Key, Share, concatenate, contract, restricted, shares_by_parameter
+from lightning_plasticity.curvature.gram.factors import (
+    Key,
+    Share,
+    concatenate,
+    contract,
+    restricted,
+    shares_by_parameter,
+)
+from lightning_plasticity.curvature.gram.shares import add_rows, add_share, mirror
 from lightning_plasticity.curvature.layers import LayerCall, LayerTaps
-from lightning_plasticity.curvature.shares import add_rows, add_share, mirror
 
 VMAP_ROWS = 32  # gradient rows that one vectorised backward pass computes
 MAX_ROW_BYTES = 2**31  # explicit gradient rows held at once; more coordinates take more backward passes

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from lightning_plasticity.curvature.hessian.linear_stack import StackLayer, linear_stack, shapes
+from lightning_plasticity.curvature.hessian.range_layer import RangeLayer, RowBasis
 from lightning_plasticity.curvature.layers import LayerTaps
-from lightning_plasticity.curvature.linear_stack import StackLayer, linear_stack, shapes
-from lightning_plasticity.curvature.range_layer import RangeLayer, RowBasis
 
 # How far the product may be from double backward, relative to it, in each parameter; and relative to the whole of it.
 AGREEMENT = {torch.float64: 1e-10, torch.float32: 2e-5}

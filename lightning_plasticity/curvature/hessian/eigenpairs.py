@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from lightning_plasticity.curvature.arpack import ORDERS, ArpackIteration, Pairs, Which, best, subspace_size
-from lightning_plasticity.curvature.closure import LossFunction
 from lightning_plasticity.curvature.data import as_batches
-from lightning_plasticity.curvature.hessian import HessianOperator
-from lightning_plasticity.curvature.hessian_problem import opened
+from lightning_plasticity.curvature.hessian.arpack import ORDERS, ArpackIteration, Pairs, Which, best, subspace_size
+from lightning_plasticity.curvature.hessian.operator import HessianOperator
+from lightning_plasticity.curvature.hessian.problem import opened
+from lightning_plasticity.curvature.loss.closure import LossFunction
 from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite
 from lightning_plasticity.nn import Mode
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from lightning_plasticity.curvature.budget import Budget, in_mib
 from lightning_plasticity.curvature.errors import MeasurementError
-from lightning_plasticity.curvature.hessian import VMAP_PRODUCTS
-from lightning_plasticity.curvature.hessian_costs import Basis, Costs, counted, ladder, sweep_seconds, timed
-from lightning_plasticity.curvature.hessian_problem import cut
+from lightning_plasticity.curvature.hessian.costs import Basis, Costs, counted, ladder, sweep_seconds, timed
+from lightning_plasticity.curvature.hessian.operator import VMAP_PRODUCTS
+from lightning_plasticity.curvature.hessian.problem import cut
 from lightning_plasticity.curvature.measured import Measured
 from lightning_plasticity.curvature.samples import in_whole_batches, num_samples
 from lightning_plasticity.nn.batches import batch_size

@@ -11,9 +11,9 @@ from torch import nn
 
 from lightning_plasticity.curvature.budget import Budget, in_mib
 from lightning_plasticity.curvature.errors import MeasurementError
-from lightning_plasticity.curvature.gram import MAX_ROW_BYTES, assemble
-from lightning_plasticity.curvature.gram_measure import Matrix, collected_rows, columns_per_sample
-from lightning_plasticity.curvature.hessian_costs import Costs, counted, ladder, timed
+from lightning_plasticity.curvature.gram.matrix import MAX_ROW_BYTES, assemble
+from lightning_plasticity.curvature.gram.measure import Matrix, collected_rows, columns_per_sample
+from lightning_plasticity.curvature.hessian.costs import Costs, counted, ladder, timed
 from lightning_plasticity.curvature.measured import Measured, on_few, require_outputs
 from lightning_plasticity.curvature.memory import GraphMeter
 from lightning_plasticity.curvature.samples import in_whole_batches, num_samples

@@ -14,13 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.curvature.closure import LossClosure
 from lightning_plasticity.curvature.errors import MeasurementError
-from lightning_plasticity.curvature.gram import Gram, GramRows, assemble, collect_rows, disagreements
+from lightning_plasticity.curvature.gram.matrix import Gram, GramRows, assemble, collect_rows, disagreements
 from lightning_plasticity.curvature.layers import LayerTaps
+from lightning_plasticity.curvature.loss.closure import LossClosure
+from lightning_plasticity.curvature.loss.output_loss import OutputLoss, batch_shares
+from lightning_plasticity.curvature.loss.output_root import DiagonalRoot, OutputRoot
 from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite, require_outputs
-from lightning_plasticity.curvature.output_loss import OutputLoss, batch_shares
-from lightning_plasticity.curvature.output_root import DiagonalRoot, OutputRoot
 from lightning_plasticity.curvature.spectrum import Spectrum
 
 MAX_ROWS = 1500  # rows of the Gram matrix that a default measurement allows: half a second to decompose

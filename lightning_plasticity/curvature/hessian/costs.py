@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_plasticity.curvature.hessian_problem import opened
+from lightning_plasticity.curvature.hessian.problem import opened
 from lightning_plasticity.curvature.measured import Measured, on_few
 from lightning_plasticity.curvature.memory import GraphMeter
 from lightning_plasticity.curvature.samples import num_samples

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_plasticity.curvature.factors import Factors, Share
+from lightning_plasticity.curvature.gram.factors import Factors, Share
 
 ROW_CHUNK = 64 * 2**20  # elements of per-sample gradient rows held at once
 

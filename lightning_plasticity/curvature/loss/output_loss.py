@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_plasticity.curvature.errors import MeasurementError
-from lightning_plasticity.curvature.output_root import DenseRoot, DiagonalRoot, OutputRoot, SoftmaxRoot
+from lightning_plasticity.curvature.loss.output_root import DenseRoot, DiagonalRoot, OutputRoot, SoftmaxRoot
 from lightning_plasticity.nn.batches import map_tensors
 
 MAX_BLOCK_BYTES = 2**32  # second derivatives of a loss whose root is not known

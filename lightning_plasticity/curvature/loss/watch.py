@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from lightning_plasticity.curvature.output_loss import OutputLoss
+from lightning_plasticity.curvature.loss.output_loss import OutputLoss
 
 # Losses whose first argument is what the network puts out, before any squashing.
 WATCHED: tuple[Callable[..., Any], ...] = (

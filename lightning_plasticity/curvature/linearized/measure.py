@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_plasticity.curvature.closure import LossFunction
 from lightning_plasticity.curvature.data import as_batches
 from lightning_plasticity.curvature.errors import MeasurementError
-from lightning_plasticity.curvature.gram import assemble
-from lightning_plasticity.curvature.gram_measure import collected_rows, columns_per_sample
-from lightning_plasticity.curvature.hessian_measure import Method, check_method
-from lightning_plasticity.curvature.linearized_result import LinearizedPrediction
-from lightning_plasticity.curvature.linearized_start import KERNELS, Kernel, Start, start_of
+from lightning_plasticity.curvature.gram.jacobian import DualOperator, OutputJacobian
+from lightning_plasticity.curvature.gram.matrix import assemble
+from lightning_plasticity.curvature.gram.measure import collected_rows, columns_per_sample
+from lightning_plasticity.curvature.hessian.measure import Method, check_method
+from lightning_plasticity.curvature.linearized.result import LinearizedPrediction
+from lightning_plasticity.curvature.linearized.start import KERNELS, Kernel, Start, start_of
+from lightning_plasticity.curvature.loss.closure import LossFunction
 from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite, require_outputs
-from lightning_plasticity.curvature.output_jacobian import DualOperator, OutputJacobian
 from lightning_plasticity.linalg import lanczos
 from lightning_plasticity.nn import Mode
 

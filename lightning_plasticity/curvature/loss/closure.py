@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.curvature.errors import MeasurementError
-from lightning_plasticity.curvature.output_loss import OutputLoss
-from lightning_plasticity.curvature.watch import LossWatcher, explain
+from lightning_plasticity.curvature.loss.output_loss import OutputLoss
+from lightning_plasticity.curvature.loss.watch import LossWatcher, explain
 from lightning_plasticity.nn.batches import batch_size, clone_batch
 
 LossFunction = Callable[[Any, Any], Tensor]

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, eigsh
 from torch import Tensor
 
-from lightning_plasticity.curvature.hessian import HessianOperator
+from lightning_plasticity.curvature.hessian.operator import HessianOperator
 from lightning_plasticity.curvature.measured import finite
 from lightning_plasticity.linalg import lanczos
 

@@ -17,18 +17,18 @@ import torch
 from torch import nn
 
 from lightning_plasticity.curvature.budget import Budget, ended_early
-from lightning_plasticity.curvature.gram import assemble, disagreements
-from lightning_plasticity.curvature.gram_measure import (
+from lightning_plasticity.curvature.gram.jacobian import DualOperator, OutputJacobian, PrimalOperator
+from lightning_plasticity.curvature.gram.matrix import assemble, disagreements
+from lightning_plasticity.curvature.gram.measure import (
     Matrix,
     coarsest,
     gram_rows,
     measure_gram,
     scaled_roots,
 )
-from lightning_plasticity.curvature.gram_plan import GramPlan, plan_gram
-from lightning_plasticity.curvature.hessian_costs import LEAST_STEPS
+from lightning_plasticity.curvature.gram.plan import GramPlan, plan_gram
+from lightning_plasticity.curvature.hessian.costs import LEAST_STEPS
 from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite, require_outputs
-from lightning_plasticity.curvature.output_jacobian import DualOperator, OutputJacobian, PrimalOperator
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.linalg import LanczosQuadrature, stochastic_lanczos_quadrature
 

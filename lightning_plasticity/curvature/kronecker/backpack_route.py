@@ -23,13 +23,13 @@ from backpack.extensions.secondorder.hbp.hbpbase import HBPBaseModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_plasticity.curvature.closure import as_pair
 from lightning_plasticity.curvature.errors import MeasurementError
-from lightning_plasticity.curvature.kronecker_hooks import num_positions
-from lightning_plasticity.curvature.kronecker_layers import ROOT, ChosenLayer, FactorSums, usable_calls
+from lightning_plasticity.curvature.kronecker.hooks_route import num_positions
+from lightning_plasticity.curvature.kronecker.layers import ROOT, ChosenLayer, FactorSums, usable_calls
 from lightning_plasticity.curvature.layers import LayerTaps, patches_of
+from lightning_plasticity.curvature.loss.closure import as_pair
+from lightning_plasticity.curvature.loss.output_loss import OutputLoss
 from lightning_plasticity.curvature.measured import Measured, require_outputs
-from lightning_plasticity.curvature.output_loss import OutputLoss
 from lightning_plasticity.nn import undisturbed
 from lightning_plasticity.nn.batches import join_batches
 

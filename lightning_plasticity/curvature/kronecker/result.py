@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lightning_plasticity.curvature.kronecker_block import KroneckerBlock, check_eps
+from lightning_plasticity.curvature.kronecker.block import KroneckerBlock, check_eps
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.linalg import Estimate
 

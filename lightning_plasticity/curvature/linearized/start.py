@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lightning_plasticity.curvature.errors import MeasurementError
-from lightning_plasticity.curvature.gram_measure import scaled_roots
+from lightning_plasticity.curvature.gram.measure import scaled_roots
+from lightning_plasticity.curvature.loss.output_loss import OutputLoss, batch_shares
+from lightning_plasticity.curvature.loss.output_root import OutputRoot
 from lightning_plasticity.curvature.measured import finite
-from lightning_plasticity.curvature.output_loss import OutputLoss, batch_shares
-from lightning_plasticity.curvature.output_root import OutputRoot
 
 Kernel = Literal["ntk", "ggn"]
 KERNELS = ("ntk", "ggn")

@@ -1,0 +1,1 @@
+"""The GGN as a Kronecker product for each layer."""

@@ -1,0 +1,1 @@
+"""What gradient descent would do to the linearised network."""
