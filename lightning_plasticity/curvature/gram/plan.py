@@ -104,9 +104,12 @@ def _exact_plan(
     num_params, itemsize = sum(parameter.numel() for parameter in parameters), parameters[0].dtype.itemsize
     memory, rows_each = budget.memory(parameters[0].device), wanted.rows_each
     fixed = VECTORS * num_params * itemsize
-    light = counted(measured)
+    light = counted(measured, operations=budget.max_seconds is not None)
     graph, product = light.graph / light.samples, light.product / light.samples
     factors = num_params * wanted.num_rows * itemsize + (1 + rows_each) * wanted.num_samples * graph
+    known = 8 * GRAMS * wanted.num_rows**2 + fixed + (total + (1 + rows_each) * wanted.num_samples) * graph
+    if budget.max_seconds is None and known + LEAST_ROW_BYTES <= memory / 2:  # explicit rows take what is left
+        return wanted if memory - known >= MAX_ROW_BYTES else replace(wanted, row_bytes=int(memory - known))
     small = num_params * wanted.num_rows <= SMALL_WORK
     small = small and (3 + rows_each) * wanted.num_samples * product <= budget.seconds
     if small and 8 * GRAMS * wanted.num_rows**2 + fixed + total * graph + factors <= memory / 2:
