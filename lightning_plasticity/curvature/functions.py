@@ -140,8 +140,9 @@ def ntk_spectrum(
 ) -> Spectrum:
     """Spectrum of the empirical neural tangent kernel J J^T / N (Jacot et al. 2018, arXiv 1806.07572).
 
-    Arguments as in ``ggn_spectrum``; the loss only serves to find the outputs. Reported over the P coordinates, like
-    the other spectra, so that counts compare.
+    Arguments as in ``ggn_spectrum``. The loss only serves to find the outputs, which are what its loss function is
+    called on: a temperature that scales the logits before counts as the network's. Reported over the P coordinates,
+    like the other spectra, so that counts compare.
     """
     measured = Measured(model, as_batches(data, model), loss_fn, params, mode, seed)
     budget = Budget(max_seconds, max_memory)

@@ -277,7 +277,7 @@ class Spectrum:
             return Estimate.exactly(value)
         found = function(*self._extremes)
         lower, upper = float(found.min()), float(found.max())
-        slack = 1e-9 * max(abs(value), 1.0)  # rounding, where all is resolved
+        slack = 1e-5 * max(abs(value), 1.0)  # rounding and what no threshold resolves, where all else is
         if not lower - slack <= value <= upper + slack:
             return Estimate(float("nan"), lower, upper)
         return Estimate(value, min(lower, value), max(upper, value))

@@ -53,6 +53,8 @@ def gram_spectrum(
     """The GGN's or the NTK's spectrum; arguments as in ``ggn_spectrum``, and a plan made before for the same budget."""
     if method not in METHODS:
         raise ValueError(f"method={method!r}, expected one of {METHODS}.")
+    if max_rows is not None and max_rows < 1:
+        raise ValueError(f"max_rows={max_rows}, expected at least 1 row, or None for no bound.")
     budget = Budget() if budget is None else budget
     if plan is None:
         insist = None if method == "auto" else method == "exact"

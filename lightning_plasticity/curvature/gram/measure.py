@@ -1,6 +1,6 @@
 """Measure the GGN's or the NTK's spectrum of anything that a ``LossClosure`` can evaluate, undisturbed.
 
-Exact through the Gram matrix of gradient rows, here; estimates are in ``gram_lanczos``.
+Exact through the Gram matrix of gradient rows, here; estimates are in ``estimate``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The Hessian's outermost eigenpairs, each with its residual; whole spectra are in ``hessian_measure.py``."""
+"""The Hessian's outermost eigenpairs, each with its residual; whole spectra are in ``measure``."""
 
 from __future__ import annotations
 

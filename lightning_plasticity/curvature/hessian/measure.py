@@ -34,6 +34,8 @@ def measure_hessian(
 ) -> Spectrum:
     """The Hessian's spectrum; arguments as in ``hessian_spectrum``, and a plan made before for the same budget."""
     check_method(method)
+    if num_steps < 1:
+        raise ValueError(f"num_steps={num_steps}, expected at least 1; 60 is a quick look, 120 the usual choice.")
     budget = Budget() if budget is None else budget
     started = time.perf_counter()
     parameters = measured.parameters()
