@@ -292,3 +292,22 @@ def test_nothing_has_changed_after(function, mode):
     with pytest.raises(ZeroDivisionError):
         function(net, lambda outputs, targets: 1 / 0, data)
     assert_same_state(before, state_of(net))
+
+
+def test_settings_below_one_are_refused():
+    net, data = mlp(4, 3), classes(9, 4, 3)
+    with pytest.raises(ValueError, match="num_steps=0, expected at least 1"):
+        hessian_spectrum(net, F.cross_entropy, data, num_steps=0)
+    with pytest.raises(ValueError, match="max_rows=0, expected at least 1 row"):
+        ggn_spectrum(net, F.cross_entropy, data, max_rows=0)
+
+
+def test_a_rank_is_given_where_only_rounding_is_open():
+    torch.manual_seed(0)
+    net, (inputs, targets) = mlp(5, 6, 3, activation=nn.ReLU).float(), classes(9, 5, 3)
+    net[0].bias.data.fill_(-100.0)
+    data = inputs.float(), targets
+    truth = ggn_spectrum(net, F.cross_entropy, data, method="exact").effective_rank().value
+    found = ggn_spectrum(net, F.cross_entropy, data, method="lanczos").effective_rank()
+    assert found.value == pytest.approx(truth, rel=1e-4)
+    assert found.lower <= found.value <= found.upper
