@@ -6,6 +6,7 @@ import csv
 import random
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from states import bits
+from states import attributes, bits
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -150,11 +151,11 @@ class Witness(L.Callback):
     """Notes the batches that training sees and the optimizers' state at the end."""
 
     def __init__(self) -> None:
-        self.batches: list[bytes] = []
+        self.batches: list[Any] = []
         self.optimizers: list[Any] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.batches.append(b"".join(bits(tensor) for tensor in batch))
+        self.batches.append(leaves(batch))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.optimizers.append(leaves([o.state_dict() for o in trainer.optimizers]))
@@ -167,6 +168,8 @@ def leaves(value: Any) -> Any:
         return bits(value)
     if isinstance(value, dict):
         return {key: leaves(item) for key, item in value.items()}
+    if is_dataclass(value):
+        return leaves(vars(value))
     return [leaves(item) for item in value] if isinstance(value, list | tuple) else repr(value)
 
 
@@ -178,6 +181,7 @@ def outcome(module: L.LightningModule, witness: Witness, last: L.Trainer) -> dic
         "buffers": {name: bits(buffer) for name, buffer in module.named_buffers()},
         "gradients": {name: leaves(parameter.grad) for name, parameter in module.named_parameters()},
         "losses": repr(getattr(module, "losses", None)),
+        "attributes": attributes(module),
         "optimizers": witness.optimizers,
         "batches": witness.batches,
         "metrics": metrics,

@@ -63,3 +63,44 @@ def state(module: nn.Module) -> dict[str, Any]:
 def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     missing = object()
     return [key for key in before | after if before.get(key, missing) != after.get(key, missing)]
+
+
+def attributes(module: nn.Module) -> dict[str, Any]:
+    """What all submodules hold besides parameters, buffers and Lightning's own, by value: runs can be compared."""
+    seen: set[int] = set()
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return "sparse" if value.layout != torch.strided else (bits(value.float()), value.shape, value.dtype)
+        if isinstance(value, np.ndarray):
+            return value.tobytes()
+        if isinstance(value, torch.Generator):
+            return bits(value.get_state())
+        if isinstance(value, random.Random):
+            return value.getstate()
+        if isinstance(value, np.random.Generator):
+            return str(value.bit_generator.state)
+        if isinstance(value, int | float | str | bytes | type(None)):
+            return repr(value)
+        if id(value) in seen:
+            return "seen"
+        seen.add(id(value))
+        if isinstance(value, dict):
+            return [(repr(key) if isinstance(key, str | int) else type(key).__name__, plain(v)) for key, v in value.items()]
+        if isinstance(value, list | tuple | deque):
+            return [plain(item) for item in value]
+        if isinstance(value, set):
+            return sorted(map(str, map(plain, value)))
+        mine = not isinstance(value, type) and type(value).__module__.partition(".")[0] in _OURS
+        return plain(vars(value)) if mine and hasattr(value, "__dict__") else type(value).__name__
+
+    return {
+        f"{name}.{key}": plain(value)
+        for name, submodule in module.named_modules()
+        for key, value in vars(submodule).items()
+        if key not in _LIGHTNINGS
+    }
+
+
+_OURS = ("zoo", "runs", "test_bit_identity", "small_fits")
+_LIGHTNINGS = ("_trainer", "_fabric", "_parameters", "_buffers", "_modules", "_log_hyperparams", "_hparams")

@@ -46,8 +46,9 @@ def tensors_of(batch: Any) -> list[Tensor]:
 
 
 def batch_size(batch: Any) -> int:
-    """First dimension of the first tensor that has one; 1 when there is none."""
-    return next((tensor.shape[0] for tensor in tensors_of(batch) if tensor.ndim), 1)
+    """First dimension of the first tensor that has one, and any rows (a field may be empty); 1 when none has one."""
+    sizes = [tensor.shape[0] for tensor in tensors_of(batch) if tensor.ndim]
+    return next(filter(None, sizes), 0) if sizes else 1
 
 
 def is_plain(value: Any) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.loss.output_loss import OutputLoss
-from lightning_plasticity.curvature.loss.watch import LossWatcher, explain
+from lightning_plasticity.curvature.loss.watch import LossCall, LossWatcher, explain, over_nothing
 from lightning_plasticity.nn.batches import batch_size, clone_batch
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -66,7 +66,7 @@ class LossClosure:
         """
         with LossWatcher() as watcher:
             loss = self._loss(batch, index)
-        _check_loss(loss)
+        _check_loss(loss, watcher.calls)
         output_loss, note = explain(loss, watcher.calls)
         if hasattr(self.module, "curvature_outputs"):
             output_loss, note = self._named_outputs(batch, watcher)
@@ -181,9 +181,11 @@ def _as_loss(returned: Any, source: str) -> Tensor:
     return returned.reshape(())
 
 
-def _check_loss(loss: Tensor) -> None:
+def _check_loss(loss: Tensor, calls: list[LossCall]) -> None:
     if not bool(torch.isfinite(loss)):
         value = float(loss.detach())
+        if why := over_nothing(calls):
+            raise MeasurementError(f"The loss on the probe data is {value}: {why}")
         raise MeasurementError(f"The loss on the probe data is {value}; look for NaN or inf in weights and data.")
     if not loss.requires_grad:
         raise MeasurementError(

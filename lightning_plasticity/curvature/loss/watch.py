@@ -82,6 +82,23 @@ def explain(loss: Tensor, calls: list[LossCall]) -> tuple[OutputLoss | None, str
     return calls[0].loss, note
 
 
+def over_nothing(calls: list[LossCall]) -> str:
+    """Which of the watched calls takes a mean over nothing; empty when none does."""
+    for call in (call.loss for call in calls):
+        if call.outputs.numel() == 0:
+            return (
+                f"{call.name} is called on no values: outputs of shape {tuple(call.outputs.shape)}. Give probe data that "
+                "the step keeps some samples of, with data=, or return None where there are none."
+            )
+        ignored = call.options.get("ignore_index")
+        if ignored is not None and isinstance(call.targets, Tensor) and bool((call.targets == ignored).all()):
+            return (
+                f"every target on the probe data is ignored (ignore_index={ignored}), so {call.name} is a mean over "
+                "nothing. Give probe data with targets, with data=."
+            )
+    return ""
+
+
 def _matches(loss: Tensor, call: LossCall) -> bool:
     return any(_close(loss, reduced) for reduced in _reductions(call).values())
 
