@@ -1,8 +1,12 @@
 """Small LightningModules of every kind that people write; ``KINDS`` holds (name, make_module, make_loaders, expectation)."""
 
+from zoo.attributes import KINDS as ATTRIBUTES
 from zoo.base import Expectation, Kind
 from zoo.batches import KINDS as BATCHES
+from zoo.layers import KINDS as LAYERS
+from zoo.parameters import KINDS as PARAMETERS
+from zoo.steps import KINDS as STEPS
 
-KINDS: list[Kind] = [*BATCHES]
+KINDS: list[Kind] = [*BATCHES, *STEPS, *LAYERS, *PARAMETERS, *ATTRIBUTES]
 
 __all__ = ["KINDS", "Expectation", "Kind"]

@@ -26,13 +26,15 @@ class Expectation:
         warned: a pattern of the one warning, by what is not measured: ``"ggn"``, ``"hessian"``, ``"features"``.
         told: patterns of warnings beside a number that is measured all the same.
         end: whether the reference also holds for the trained weights on the second task.
-        whole_batches: whether training keeps to its own batch size while it is measured.
+        only: the one matrix that the reference is of, where another is of less than the whole loss.
+        settings: of the Trainer.
     """
 
     hand: Hand | None = None
     warned: Mapping[str, str] = field(default_factory=dict)
     told: tuple[str, ...] = ()
     end: bool = True
+    only: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
 
