@@ -14,6 +14,8 @@ from lightning_plasticity.nn import is_measuring
 
 
 def bits(tensor: Tensor) -> bytes:
+    if tensor.layout != torch.strided:
+        tensor = tensor.to_dense()
     return tensor.detach().cpu().contiguous().numpy().tobytes()
 
 
@@ -71,7 +73,7 @@ def attributes(module: nn.Module) -> dict[str, Any]:
 
     def plain(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return "sparse" if value.layout != torch.strided else (bits(value.float()), value.shape, value.dtype)
+            return (bits(value.float()), value.shape, value.dtype)
         if isinstance(value, np.ndarray):
             return value.tobytes()
         if isinstance(value, torch.Generator):
@@ -91,16 +93,17 @@ def attributes(module: nn.Module) -> dict[str, Any]:
             return [plain(item) for item in value]
         if isinstance(value, set):
             return sorted(map(str, map(plain, value)))
-        mine = not isinstance(value, type) and type(value).__module__.partition(".")[0] in _OURS
+        mine = not isinstance(value, type) and type(value).__module__.partition(".")[0] in _TESTS
         return plain(vars(value)) if mine and hasattr(value, "__dict__") else type(value).__name__
 
     return {
-        f"{name}.{key}": plain(value)
+        # The keys of hooks are numbers that the process counts up.
+        f"{name}.{key}": plain(list(value.values()) if key.endswith("_hooks") else value)
         for name, submodule in module.named_modules()
         for key, value in vars(submodule).items()
-        if key not in _LIGHTNINGS
+        if key not in _NOT_OURS
     }
 
 
-_OURS = ("zoo", "runs", "test_bit_identity", "small_fits")
-_LIGHTNINGS = ("_trainer", "_fabric", "_parameters", "_buffers", "_modules", "_log_hyperparams", "_hparams")
+_TESTS = ("zoo", "runs", "test_bit_identity", "small_fits")
+_NOT_OURS = ("_trainer", "_fabric", "_parameters", "_buffers", "_modules", "_hparams", "_torchdynamo_wrapper_id")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lightning_plasticity.nn.snapshot import Snapshot, shadow_method
+from lightning_plasticity.nn.twice import twice_differentiable
 
 Mode = Literal["frozen", "as_is", "eval"]
 MODES = ("frozen", "as_is", "eval")
@@ -60,7 +61,8 @@ def undisturbed(
     """Run ``module`` and take gradients with ``torch.autograd.grad``; on exit all is as it was, bit for bit.
 
     Inside: gradients on, inference mode and autocast off, attention by its math kernel (the fused ones have no double
-    backward), compiled code run eagerly, TF32 off, random state seeded. ``log`` and ``log_dict`` do nothing; in manual
+    backward), checkpointing and weight normalisation by forms that can be differentiated twice, compiled code run
+    eagerly, TF32 off, random state seeded. ``log`` and ``log_dict`` do nothing; in manual
     optimization ``manual_backward`` collects the loss instead of running it, and optimizers and schedulers do not step.
 
     Args:
@@ -98,6 +100,7 @@ def undisturbed(
             stack.enter_context(torch.autocast(device, enabled=False))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(_plain_cuda(module))
+        stack.enter_context(twice_differentiable())
         if _is_compiled(module):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         optimizers, schedulers = list(optimizers), list(schedulers)
@@ -105,6 +108,7 @@ def undisturbed(
         stack.callback(snapshot.restore)
         _silence(stack, module, losses, optimizers, schedulers)
         _set_mode(module, mode)
+        _make_gradients_dense(module)
         seed_rng(seed)
         _measuring += 1
         try:
@@ -177,6 +181,13 @@ def _silence(
         shadow(optimizer, "zero_grad", nothing)
     for scheduler in schedulers:
         shadow(scheduler, "step", nothing)
+
+
+def _make_gradients_dense(module: nn.Module) -> None:
+    """Sparse gradients of lookup tables cannot be differentiated, or joined with others; the forward pass is the same."""
+    for submodule in module.modules():
+        if isinstance(submodule, nn.Embedding | nn.EmbeddingBag):
+            submodule.sparse = False
 
 
 def _set_mode(module: nn.Module, mode: Mode) -> None:

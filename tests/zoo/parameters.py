@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo.base import CLASSES, HIDDEN, INPUTS, Expectation, Kind, Small, by_net, mlp, pairs, under_nll
+from zoo.base import CLASSES, HIDDEN, INPUTS, Expectation, Kind, Small, by_net, pairs, under_nll
 
 
 class Frozen(Small):
@@ -90,7 +90,7 @@ def compiled_in_place() -> Small:
 
 
 def compiled_whole() -> Any:
-    return torch.compile(Small(), backend="aot_eager")
+    return torch.compile(Small(), backend="eager")
 
 
 def bare_module(module: Any) -> Any:
@@ -101,10 +101,6 @@ def bare_net(module: Any, batch: Any) -> Any:
     net = bare_module(module).net
     first = getattr(net[0], "_orig_mod", net[0])
     return under_nll(net[2](torch.tanh(F.linear(batch[0], first.weight, first.bias))), batch[1])
-
-
-def half() -> Small:
-    return Small(mlp())
 
 
 KINDS = [

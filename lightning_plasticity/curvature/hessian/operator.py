@@ -8,6 +8,7 @@ from contextlib import closing
 import torch
 from torch import Tensor, nn
 
+from lightning_plasticity.curvature.backward import differentiated_twice
 from lightning_plasticity.curvature.errors import MeasurementError
 
 VMAP_PRODUCTS = 32  # products that one vectorised backward pass computes
@@ -79,7 +80,8 @@ class HessianOperator:
 
     def _gradient(self, loss: Tensor) -> Gradient:
         """The gradient of a loss, flat, with its graph; and which parameters' parts it holds."""
-        parts = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
+        with differentiated_twice("The loss"):
+            parts = torch.autograd.grad(loss, self.parameters, create_graph=True, allow_unused=True)
         curved = [part is not None and part.requires_grad for part in parts]
         if not any(curved):  # a loss linear in all parameters
             return None, curved
@@ -120,14 +122,15 @@ class HessianOperator:
 
     def _pulled(self, gradient: Tensor, direction: Tensor, batched: bool) -> Tensor:
         """(..., P) derivative of <gradient, direction> of one loss."""
-        found = torch.autograd.grad(
-            gradient,
-            self.parameters,
-            direction.to(gradient.dtype),
-            retain_graph=self._keeps,
-            allow_unused=True,
-            is_grads_batched=batched,
-        )
+        with differentiated_twice("The loss"):
+            found = torch.autograd.grad(
+                gradient,
+                self.parameters,
+                direction.to(gradient.dtype),
+                retain_graph=self._keeps,
+                allow_unused=True,
+                is_grads_batched=batched,
+            )
         lead = direction.shape[:-1]
         return torch.cat(
             [

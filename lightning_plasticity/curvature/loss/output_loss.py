@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from lightning_plasticity.curvature.backward import differentiated_twice
 from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.loss.output_root import DenseRoot, DiagonalRoot, OutputRoot, SoftmaxRoot
 from lightning_plasticity.nn.batches import map_tensors
 
+MEASURE_THE_HESSIAN = "Measure the Hessian: hessian_spectrum(...), or quantities=('hessian',) of a monitor."
 MAX_BLOCK_BYTES = 2**32  # second derivatives of a loss whose root is not known
 
 
@@ -220,7 +222,7 @@ def _autograd_root(loss: OutputLoss) -> OutputRoot:
     if float(values.min()) < -(slack * float(values.max()) + floor):
         raise MeasurementError(
             f"{loss.name} is not convex in the outputs (a second derivative is {float(values.min()):.3g}), so its GGN "
-            "is not positive semidefinite and has no square root. Measure the Hessian only: quantities=('hessian',)."
+            "is not positive semidefinite and has no square root. {MEASURE_THE_HESSIAN}"
         )
     columns: Tensor = vectors * values.clamp_min(0.0).sqrt()[:, None, :]  # (N, O, R)
     return DenseRoot(loss.outputs.shape, columns.permute(2, 0, 1).reshape(-1, *loss.outputs.shape))
@@ -228,12 +230,13 @@ def _autograd_root(loss: OutputLoss) -> OutputRoot:
 
 def _precisely(loss: OutputLoss, derivative: Callable[[torch.dtype], Tensor]) -> Tensor:
     """In float64; where the loss holds tensors of its own, in the network's precision, in that."""
-    try:
-        return derivative(torch.float64)
-    except MeasurementError:
-        raise
-    except RuntimeError:
-        return derivative(loss.outputs.dtype)
+    with differentiated_twice(loss.name):
+        try:
+            return derivative(torch.float64)
+        except MeasurementError:
+            raise
+        except RuntimeError:
+            return derivative(loss.outputs.dtype)
 
 
 def _first_derivative(loss: OutputLoss, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -257,8 +260,8 @@ def _second_derivatives(loss: OutputLoss, dtype: torch.dtype) -> Tensor:
         outputs, gradient = _first_derivative(loss, dtype)
         if not gradient.requires_grad:
             raise MeasurementError(
-                f"{loss.name} has no second derivative in the outputs; the GGN is zero or undefined. "
-                "Measure the Hessian only: quantities=('hessian',)."
+                f"{loss.name} is linear in the outputs, so the GGN, which holds its curvature in them alone, is zero. "
+                f"{MEASURE_THE_HESSIAN}"
             )
         size = outputs[0].numel()
         rows = []
@@ -288,7 +291,7 @@ def _check_separable(gradient: Tensor, outputs: Tensor, blocks: Tensor) -> None:
     if float((product - expected).abs().max()) > slack * float(product.abs().max()) + floor:
         raise MeasurementError(
             "The loss mixes samples (its second derivatives couple different rows of the outputs), so it has no "
-            "per-sample GGN. Measure the Hessian only: quantities=('hessian',)."
+            f"per-sample GGN. {MEASURE_THE_HESSIAN}"
         )
 
 
