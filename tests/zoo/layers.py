@@ -219,6 +219,7 @@ def token_rows() -> list[Any]:
 
 
 def next_token(module: Any, batch: Tensor) -> Any:
+    module.embed.sparse = False
     return under_nll(module.logits(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
 
 

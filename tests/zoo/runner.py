@@ -88,7 +88,7 @@ def derivative(values: Tensor, parameters: Sequence[Tensor]) -> Tensor:
         found = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
         for part, into in zip(found, row.split(sizes), strict=True):
             if part is not None:
-                into.copy_(part.reshape(-1))
+                into.copy_((part.to_dense() if part.is_sparse else part).reshape(-1))
     return rows
 
 

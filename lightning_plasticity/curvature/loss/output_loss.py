@@ -222,7 +222,7 @@ def _autograd_root(loss: OutputLoss) -> OutputRoot:
     if float(values.min()) < -(slack * float(values.max()) + floor):
         raise MeasurementError(
             f"{loss.name} is not convex in the outputs (a second derivative is {float(values.min()):.3g}), so its GGN "
-            "is not positive semidefinite and has no square root. {MEASURE_THE_HESSIAN}"
+            f"is not positive semidefinite and has no square root. {MEASURE_THE_HESSIAN}"
         )
     columns: Tensor = vectors * values.clamp_min(0.0).sqrt()[:, None, :]  # (N, O, R)
     return DenseRoot(loss.outputs.shape, columns.permute(2, 0, 1).reshape(-1, *loss.outputs.shape))
