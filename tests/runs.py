@@ -150,11 +150,11 @@ class Witness(L.Callback):
     """Notes the batches that training sees and the optimizers' state at the end."""
 
     def __init__(self) -> None:
-        self.batches: list[bytes] = []
+        self.batches: list[Any] = []
         self.optimizers: list[Any] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self.batches.append(b"".join(bits(tensor) for tensor in batch))
+        self.batches.append(leaves(batch))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.optimizers.append(leaves([o.state_dict() for o in trainer.optimizers]))
@@ -226,9 +226,15 @@ def run_tasks(make: Make, tasks: list[Any], callbacks: list[Any], **settings: An
     return outcome(module, witness, last), [str(w.message) for w in caught if "Monitor" in str(w.message)]
 
 
-def same_with(make: Make, tasks: Callable[[], list[Any]], pair: list[Any], **settings: Any) -> list[str]:
-    """Run with and without; the outcomes are equal. Returns the warnings."""
-    plain, _ = run_tasks(make, tasks(), [], **settings)
-    watched, told = run_tasks(make, tasks(), pair, **settings)
+def same_with(
+    make: Make,
+    tasks: Callable[[], list[Any]],
+    pair: list[Any],
+    extra: Callable[[], list[Any]] = list,
+    **settings: Any,
+) -> list[str]:
+    """Run with and without, beside new ``extra`` callbacks; the outcomes are equal. Returns the warnings."""
+    plain, _ = run_tasks(make, tasks(), extra(), **settings)
+    watched, told = run_tasks(make, tasks(), [*pair, *extra()], **settings)
     assert {key for key in plain if plain[key] != watched[key]} == set()
     return told

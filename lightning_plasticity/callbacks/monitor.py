@@ -20,8 +20,10 @@ from lightning_plasticity.callbacks.live import quiet
 from lightning_plasticity.callbacks.probe_data import Probe, probe_batches
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
 from lightning_plasticity.curvature import MeasurementError, Spectrum
+from lightning_plasticity.curvature.measured import dtype_name
 from lightning_plasticity.linalg import Estimate
 from lightning_plasticity.loggers import log_directory, log_histogram, log_scalars
+from lightning_plasticity.nn.precision import measured_dtype
 from lightning_plasticity.records import TaskRecord, append_record
 
 Phase = Literal["start", "end"]
@@ -197,7 +199,7 @@ class BoundaryMonitor(Callback):
             self._probe = smaller()
             measurement = self.measure(trainer, pl_module, self._probe.batches, phase)
         assert measurement is not None
-        measurement.settings["data"] = self._probe.source
+        measurement.settings |= {"data": self._probe.source, "dtype": dtype_name(measured_dtype(pl_module))}
         return measurement
 
     def _fetch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
