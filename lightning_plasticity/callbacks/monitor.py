@@ -287,6 +287,8 @@ def _phased(key: str, phase: str) -> str:
 
 def _reach_callback_metrics(pl_module: LightningModule, record: TaskRecord) -> None:
     """Let EarlyStopping, ModelCheckpoint and tuners see the values of a task's start."""
+    if getattr(pl_module.trainer, "barebones", False):
+        return  # nobody collects them there, and Lightning would warn of each
     for key, estimate in record.values.items():
         if estimate.resolved:
             pl_module.log(key, estimate.value, on_step=False, on_epoch=True, logger=False, batch_size=1)

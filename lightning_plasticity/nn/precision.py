@@ -86,8 +86,12 @@ def _is_kept(parameter: Tensor) -> bool:
     """Whether somebody keeps the node that adds up the gradient, for autograd makes a new one at each use."""
     if not parameter.is_leaf:
         return False
-    get_gradient_edge(parameter).node.metadata[_MARK] = True
-    return bool(get_gradient_edge(parameter).node.metadata.pop(_MARK, False))
+
+    def metadata() -> Any:
+        return get_gradient_edge(parameter).node.metadata
+
+    metadata()[_MARK] = True
+    return bool(metadata().pop(_MARK, False))
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

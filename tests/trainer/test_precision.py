@@ -63,7 +63,7 @@ def test_numbers_are_those_of_a_copy(make: Any, precision: Any) -> None:
     tolerance = 1e-9 if precision == "64-true" else 1e-4
     inputs, labels = data()
     pair = (inputs.to(TRUE[precision]).to(high), labels)  # training rounds them too
-    assert [parameter.dtype for parameter in twins.kept[0].parameters()][0] is TRUE[precision]
+    assert next(twins.kept[0].parameters()).dtype is TRUE[precision]
     for twin, curvature, ranks in zip(twins.kept, hessian.records, features.records, strict=True):
         twin = twin.to(high)
         expected = {
