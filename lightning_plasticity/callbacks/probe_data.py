@@ -23,6 +23,7 @@ from lightning_plasticity.nn import undisturbed
 from lightning_plasticity.nn.batches import batch_size, clone_batch
 from lightning_plasticity.nn.generators import generator_state, held_by
 
+FIRST_BATCH = "first batch"
 CHUNK = 512  # samples in one probe batch at most
 
 
@@ -67,7 +68,7 @@ def probe_batches(trainer: Any, pl_module: Any, data: Any, num_samples: int, fir
                 raise
     if first_batch is None:
         raise MeasurementError("No probe data: the training loader gave no batch; pass data= to the monitor.")
-    return Probe([clone_batch(first_batch)], "first batch")
+    return Probe([clone_batch(first_batch)], FIRST_BATCH)
 
 
 def _given(trainer: Any, pl_module: Any, data: Any, num_samples: int) -> Probe:

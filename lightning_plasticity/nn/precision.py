@@ -55,12 +55,12 @@ def full_precision(module: nn.Module) -> Iterator[None]:
                 f"{type(module).__name__} is kept in half precision under DistributedDataParallel, which measuring in "
                 "float32 would cut off; use precision='bf16-mixed' or '16-mixed', or one process."
             )
-        for tensor in _tensors(module):
-            tensor.grad = None  # torch refuses a gradient of another dtype
-            tensor.data = tensor.data.float()
+        for half in _tensors(module):
+            half.grad = None  # torch refuses a gradient of another dtype
+            half.data = half.data.float()
         for submodule in module.modules():
             if submodule.__dict__.get("_dtype") in HALF:  # what ``LightningModule.dtype`` tells
-                submodule._dtype = torch.float32
+                vars(submodule)["_dtype"] = torch.float32
     default = torch.get_default_dtype()
     if raised or dtype == torch.float64:  # as Lightning does around a training step
         torch.set_default_dtype(dtype)
