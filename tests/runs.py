@@ -230,9 +230,15 @@ def run_tasks(make: Make, tasks: list[Any], callbacks: list[Any], **settings: An
     return outcome(module, witness, last), [str(w.message) for w in caught if "Monitor" in str(w.message)]
 
 
-def same_with(make: Make, tasks: Callable[[], list[Any]], pair: list[Any], **settings: Any) -> list[str]:
-    """Run with and without; the outcomes are equal. Returns the warnings."""
-    plain, _ = run_tasks(make, tasks(), [], **settings)
-    watched, told = run_tasks(make, tasks(), pair, **settings)
+def same_with(
+    make: Make,
+    tasks: Callable[[], list[Any]],
+    pair: list[Any],
+    extra: Callable[[], list[Any]] = list,
+    **settings: Any,
+) -> list[str]:
+    """Run with and without, beside new ``extra`` callbacks; the outcomes are equal. Returns the warnings."""
+    plain, _ = run_tasks(make, tasks(), extra(), **settings)
+    watched, told = run_tasks(make, tasks(), [*pair, *extra()], **settings)
     assert {key for key in plain if plain[key] != watched[key]} == set()
     return told

@@ -16,7 +16,7 @@ from lightning_plasticity.nn import is_measuring
 def bits(tensor: Tensor) -> bytes:
     if tensor.layout != torch.strided:
         tensor = tensor.to_dense()
-    return tensor.detach().cpu().contiguous().numpy().tobytes()
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def state(module: nn.Module) -> dict[str, Any]:

@@ -128,12 +128,13 @@ class FeatureRankMonitor(BoundaryMonitor):
         """Stream the probe batches through the network once and summarise what the layers showed."""
         live = live_optimizers(pl_module)
         if self._layers is None:
-            with undisturbed(pl_module, mode=self.mode, **live) as collected:
+            with undisturbed(pl_module, mode=self.mode, full_precision=True, **live) as collected:
                 closure = LossClosure(pl_module, self.loss_fn, collected)
                 self._layers = find_hidden_layers(pl_module, lambda: closure.run(batches[0]))
         measurement = Measurement(settings={"mode": self.mode, "conv": self.conv})
         statistics = {layer.name: _LayerStatistics(layer, self.conv, self.dormant_tau) for layer in self._layers}
-        with undisturbed(pl_module, mode=self.mode, **live) as collected, FeatureTaps(pl_module, self._layers) as taps:
+        measuring = undisturbed(pl_module, mode=self.mode, full_precision=True, **live)
+        with measuring as collected, FeatureTaps(pl_module, self._layers) as taps:
             closure = LossClosure(pl_module, self.loss_fn, collected)
             for index, batch in enumerate(batches):
                 taps.clear()

@@ -7,21 +7,25 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_plasticity.callbacks.arguments import choices, label, whole_number
 from lightning_plasticity.callbacks.live import quiet
-from lightning_plasticity.callbacks.probe_data import Probe, probe_batches
+from lightning_plasticity.callbacks.probe_data import FIRST_BATCH, Probe, probe_batches
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
 from lightning_plasticity.curvature import MeasurementError, Spectrum
+from lightning_plasticity.curvature.measured import dtype_name
 from lightning_plasticity.linalg import Estimate
 from lightning_plasticity.loggers import log_directory, log_histogram, log_scalars
+from lightning_plasticity.nn.batches import is_plain
+from lightning_plasticity.nn.precision import measured_dtype
 from lightning_plasticity.records import TaskRecord, append_record
 
 Phase = Literal["start", "end"]
@@ -114,6 +118,11 @@ class BoundaryMonitor(Callback):
         """Find the Trainer's task tracker, or give it one; an evaluation may load one from a checkpoint."""
         self._tracker = TaskTracker.attach(trainer, self._tracker)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Bring a checkpoint's first batch to the module's device."""
+        if self._probe is not None:
+            self._probe = replace(self._probe, batches=move_data_to_device(self._probe.batches, pl_module.device))
+
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
         """Measure the old weights on the new task's data."""
         self._probe, self._probed_task = None, task
@@ -125,12 +134,19 @@ class BoundaryMonitor(Callback):
             self._fetch_for_end(trainer, pl_module, self._tracker.first_batch)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """In a run resumed inside a task: samples for its end, while there is a batch to take them from."""
+        """In a run resumed inside a task: samples for its end, while there is a batch to take them from.
+
+        A checkpoint made before the first step, by an interrupt say, may lack the measurement of the start.
+        """
         if self._tracker is None or not self._tracker.in_task or self._probed_task == self._tracker.task:
             return
-        self._probed_task = self._tracker.task
-        if "end" in self.when and self._probed_task % self.every_n_tasks == 0:
-            self._fetch_for_end(trainer, pl_module, batch)
+        self._probed_task = task = self._tracker.task
+        if task % self.every_n_tasks:
+            return
+        self._fetch_for_end(trainer, pl_module, batch)
+        measured = any((record.task, record.phase) == (task, "start") for record in self.records)
+        if "start" in self.when and not measured and self._tracker.steps_in_task == 0:
+            self._at_boundary(trainer, pl_module, task, "start")
 
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
         """Measure the new weights on the same samples."""
@@ -139,8 +155,12 @@ class BoundaryMonitor(Callback):
         self._probe = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The records, in plain Python."""
-        return {"records": [record.to_dict() for record in self.records]}
+        """The records, in plain Python, and a first batch that cannot be fetched again for the task's end."""
+        state: dict[str, Any] = {"records": [record.to_dict() for record in self.records]}
+        probe = self._probe
+        if probe is not None and probe.source == FIRST_BATCH and "end" in self.when and is_plain(probe.batches):
+            state["probe"] = (self._probed_task, probe.batches)
+        return state
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Only a fit resumes; an evaluation from a checkpoint must not roll the records back."""
@@ -151,6 +171,9 @@ class BoundaryMonitor(Callback):
         if not self._resuming:
             return
         self.records = [TaskRecord.from_dict(plain) for plain in state_dict["records"]]
+        if "probe" in state_dict:
+            self._probed_task, batches = state_dict["probe"]
+            self._probe = Probe(list(batches), FIRST_BATCH)
 
     # ---- one measurement -------------------------------------------------------------------------------------------
 
@@ -197,7 +220,7 @@ class BoundaryMonitor(Callback):
             self._probe = smaller()
             measurement = self.measure(trainer, pl_module, self._probe.batches, phase)
         assert measurement is not None
-        measurement.settings["data"] = self._probe.source
+        measurement.settings |= {"data": self._probe.source, "dtype": dtype_name(measured_dtype(pl_module))}
         return measurement
 
     def _fetch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
@@ -285,6 +308,8 @@ def _phased(key: str, phase: str) -> str:
 
 def _reach_callback_metrics(pl_module: LightningModule, record: TaskRecord) -> None:
     """Let EarlyStopping, ModelCheckpoint and tuners see the values of a task's start."""
+    if getattr(pl_module.trainer, "barebones", False):
+        return  # nobody collects them there, and Lightning would warn of each
     for key, estimate in record.values.items():
         if estimate.resolved:
             pl_module.log(key, estimate.value, on_step=False, on_epoch=True, logger=False, batch_size=1)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from lightning_plasticity.callbacks.live import live_optimizers
 from lightning_plasticity.curvature import MeasurementError
@@ -23,6 +23,7 @@ from lightning_plasticity.nn import undisturbed
 from lightning_plasticity.nn.batches import batch_size, clone_batch
 from lightning_plasticity.nn.generators import generator_state, held_by
 
+FIRST_BATCH = "first batch"
 CHUNK = 512  # samples in one probe batch at most
 
 
@@ -59,7 +60,7 @@ def probe_batches(trainer: Any, pl_module: Any, data: Any, num_samples: int, fir
     if data is not None:
         return _given(trainer, pl_module, data, num_samples)
     loader = _single_loader(trainer)
-    if loader is not None and len(_indices(loader)):
+    if loader is not None and len(_indices(trainer, loader)):
         try:
             return _of_training(trainer, pl_module, loader, num_samples, first_batch)
         except Exception:
@@ -67,7 +68,7 @@ def probe_batches(trainer: Any, pl_module: Any, data: Any, num_samples: int, fir
                 raise
     if first_batch is None:
         raise MeasurementError("No probe data: the training loader gave no batch; pass data= to the monitor.")
-    return Probe([clone_batch(first_batch)], "first batch")
+    return Probe([clone_batch(first_batch)], FIRST_BATCH)
 
 
 def _given(trainer: Any, pl_module: Any, data: Any, num_samples: int) -> Probe:
@@ -83,7 +84,7 @@ def _of_training(
     """As few batches as possible, else those of the loader's own size."""
     own = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or batch_size(first_batch)
     fetch = partial(_fetched, trainer, pl_module, loader, num_samples)
-    if own >= min(CHUNK, num_samples, len(_indices(loader))):
+    if own >= min(CHUNK, num_samples, len(_indices(trainer, loader))):
         return Probe(fetch(own), "training dataset")
 
     def smaller() -> Probe:
@@ -101,16 +102,22 @@ def _fetched(trainer: Any, pl_module: Any, loader: DataLoader[Any], num_samples:
         undisturbed(pl_module, mode="as_is", **live_optimizers(pl_module)),
         _untouched(loader.dataset, loader.collate_fn, getattr(trainer, "datamodule", None)),
     ):
-        batches = _spread(loader.dataset, num_samples, loader.collate_fn, size, _indices(loader))
+        batches = _spread(loader.dataset, num_samples, loader.collate_fn, size, _indices(trainer, loader))
         return _transferred(trainer, pl_module, list(batches))
 
 
-def _indices(loader: DataLoader[Any]) -> Sequence[int]:
-    """Which samples training sees: all, or those of a SubsetRandomSampler, for the rest is held out."""
+def _indices(trainer: Any, loader: DataLoader[Any]) -> Sequence[int]:
+    """Which samples training sees: all, those of a SubsetRandomSampler, or those that the Trainer's limits leave."""
     sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
     indices: Any = getattr(sampler, "indices", None)
-    known = hasattr(indices, "__len__") and hasattr(indices, "__getitem__")
-    return indices if known else range(len(loader.dataset))  # type: ignore[arg-type]
+    if hasattr(indices, "__len__") and hasattr(indices, "__getitem__"):
+        return indices  # type: ignore[no-any-return]
+    total = len(loader.dataset)  # type: ignore[arg-type]
+    if not isinstance(sampler, SequentialSampler):
+        return range(total)
+    # The same batches in every epoch; ``limit_train_batches`` and ``overfit_batches`` cut the rest off for good.
+    batches, size = trainer.num_training_batches, getattr(loader.batch_sampler, "batch_size", None)
+    return range(total if size is None else int(min(total, batches * size)))
 
 
 def _is_function(data: Any) -> bool:

@@ -88,7 +88,12 @@ class Measured:
     def open(self) -> Iterator[LossClosure]:
         """The closure that evaluates the loss, inside the undisturbed context."""
         context = undisturbed(
-            self.module, mode=self.mode, seed=self.seed, optimizers=self.optimizers, schedulers=self.schedulers
+            self.module,
+            mode=self.mode,
+            seed=self.seed,
+            full_precision=True,
+            optimizers=self.optimizers,
+            schedulers=self.schedulers,
         )
         with context as collected:
             yield LossClosure(self.module, self.loss_fn, collected)

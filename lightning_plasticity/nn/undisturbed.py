@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lightning_plasticity.nn.precision import full_precision as raised_precision
 from lightning_plasticity.nn.snapshot import Snapshot, shadow_method
 from lightning_plasticity.nn.twice import twice_differentiable
 
@@ -55,6 +56,7 @@ def undisturbed(
     *,
     mode: Mode = "frozen",
     seed: int = 0,
+    full_precision: bool = False,
     optimizers: Iterable[Any] = (),
     schedulers: Iterable[Any] = (),
 ) -> Iterator[list[Tensor]]:
@@ -70,6 +72,8 @@ def undisturbed(
         mode: ``"frozen"`` switches off BatchNorm updates and dropout, by layer type; ``"as_is"`` keeps what the
             optimizer sees; ``"eval"`` is ``module.eval()``, which also switches code that asks ``self.training``.
         seed: of the random state inside; the same seed gives the same dropout masks and samples.
+        full_precision: whether the tensors of a half-precision module become float32 meanwhile; the batches are then
+            for ``match_precision`` to cast.
         optimizers: the live optimizers that the module can reach; also their parameter groups' settings are put back.
         schedulers: their learning-rate schedulers; also their state is put back.
 
@@ -106,6 +110,8 @@ def undisturbed(
         optimizers, schedulers = list(optimizers), list(schedulers)
         snapshot = Snapshot(module, _settings_of(optimizers, schedulers))
         stack.callback(snapshot.restore)
+        if full_precision:
+            stack.enter_context(raised_precision(module))
         _silence(stack, module, losses, optimizers, schedulers)
         _set_mode(module, mode)
         _make_gradients_dense(module)

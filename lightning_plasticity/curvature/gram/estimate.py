@@ -21,7 +21,6 @@ from lightning_plasticity.curvature.gram.jacobian import DualOperator, OutputJac
 from lightning_plasticity.curvature.gram.matrix import assemble, disagreements
 from lightning_plasticity.curvature.gram.measure import (
     Matrix,
-    coarsest,
     gram_rows,
     measure_gram,
     scaled_roots,
@@ -135,8 +134,7 @@ def _on_the_gram_matrix(
         rows = gram_rows(measured, closure, matrix, parameters, max_rows=None)
         if disagreements(rows.batches) or any(batch.general for batch in rows.batches):
             return None
-        dtype = coarsest([rows.dtype, *(parameter.dtype for parameter in parameters)])
-        gram = assemble(rows.batches, dtype=dtype)
+        gram = assemble(rows.batches, dtype=rows.dtype)
     finite(gram.matrix.diagonal())
     kernel = gram.matrix / gram.num_samples if matrix == "ntk" else gram.matrix
     quadrature = stochastic_lanczos_quadrature(
@@ -144,11 +142,11 @@ def _on_the_gram_matrix(
         len(kernel),
         num_steps,
         generator=torch.Generator().manual_seed(measured.seed),
-        dtype=dtype,
+        dtype=rows.dtype,
         device=kernel.device,
         stop=stop,
     )
-    return _Found(quadrature, gram.num_samples, dtype, gram.num_backward, "lanczos on the Gram matrix", rows.note)
+    return _Found(quadrature, gram.num_samples, rows.dtype, gram.num_backward, "lanczos on the Gram matrix", rows.note)
 
 
 def _matrix_free(

@@ -46,7 +46,7 @@ class Rows:
     Attributes:
         batches: the rows.
         losses: the loss on each batch's samples in use, without its graph.
-        dtype: of the outputs.
+        dtype: of the outputs or the parameters, whichever is less precise.
         note: what the loss leaves out.
     """
 
@@ -85,7 +85,7 @@ def exact_spectrum(
     num_params = sum(parameter.numel() for parameter in parameters)
     values = values.clamp_min(0.0)[-num_params:]
     top = float(values.max()) if len(values) else 0.0
-    dtype = coarsest([rows.dtype, *(parameter.dtype for parameter in parameters)])
+    dtype = rows.dtype
     settings: dict[str, Any] = {
         "dtype": dtype_name(dtype),
         "mode": measured.mode,
@@ -139,7 +139,7 @@ def gram_rows(
     if matrix == "ggn":
         for rows, share in zip(batches, batch_shares(losses), strict=True):
             rows.scale(share**0.5)
-    return Rows(batches, losses, dtype, note)
+    return Rows(batches, losses, coarsest([dtype, *(parameter.dtype for parameter in parameters)]), note)
 
 
 def columns_per_sample(loss: OutputLoss, matrix: Matrix) -> int:

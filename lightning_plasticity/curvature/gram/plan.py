@@ -18,6 +18,7 @@ from lightning_plasticity.curvature.measured import Measured, on_few, require_ou
 from lightning_plasticity.curvature.memory import GraphMeter
 from lightning_plasticity.curvature.samples import in_whole_batches, num_samples
 from lightning_plasticity.nn.batches import batch_size
+from lightning_plasticity.nn.precision import measured_in
 
 MIN_SAMPLES = 32  # an exact spectrum of fewer samples says less than an estimate on all of them
 LEAST_SAMPLES = 8
@@ -101,7 +102,7 @@ def _exact_plan(
     measured: Measured, matrix: Matrix, parameters: Sequence[nn.Parameter], wanted: GramPlan, total: int, budget: Budget
 ) -> GramPlan:
     """Halve the samples until the exact spectrum is affordable."""
-    num_params, itemsize = sum(parameter.numel() for parameter in parameters), parameters[0].dtype.itemsize
+    num_params, itemsize = sum(parameter.numel() for parameter in parameters), measured_in(parameters[0].dtype).itemsize
     memory, rows_each = budget.memory(parameters[0].device), wanted.rows_each
     fixed = VECTORS * num_params * itemsize
     light = counted(measured, operations=budget.max_seconds is not None)
@@ -140,7 +141,7 @@ def _estimate_plan(
     measured: Measured, matrix: Matrix, parameters: Sequence[nn.Parameter], wanted: GramPlan, total: int, budget: Budget
 ) -> GramPlan:
     """Fewer samples and steps until an estimate by products is affordable; they cost what the Hessian's do."""
-    num_params, itemsize = sum(parameter.numel() for parameter in parameters), parameters[0].dtype.itemsize
+    num_params, itemsize = sum(parameter.numel() for parameter in parameters), measured_in(parameters[0].dtype).itemsize
     memory = budget.memory(parameters[0].device)
 
     def needed(samples: int, steps: int) -> float:

@@ -17,6 +17,7 @@ from lightning_plasticity.curvature.hessian.problem import cut
 from lightning_plasticity.curvature.measured import Measured
 from lightning_plasticity.curvature.samples import in_whole_batches, num_samples
 from lightning_plasticity.nn.batches import batch_size
+from lightning_plasticity.nn.precision import measured_in
 
 EXACT_LIMIT = 1000  # live coordinates up to which "auto" forms the whole Hessian
 # Times the budget's seconds after which the clock ends a run: one whose costs were timed, or only counted.
@@ -89,7 +90,7 @@ class _Planner:
         self.memory = budget.memory(parameters[0].device)
         size = sum(parameter.numel() for parameter in parameters)
         light = counted(measured, operations=budget.max_seconds is not None)
-        self.costs = Costs([light], size, parameters[0].dtype.itemsize)
+        self.costs = Costs([light], size, measured_in(parameters[0].dtype).itemsize)
         self._divisible: bool | None = None
 
     def plan(self) -> HessianPlan:

@@ -23,6 +23,7 @@ from lightning_plasticity.curvature.memory import forward_only
 from lightning_plasticity.curvature.samples import in_parts
 from lightning_plasticity.linalg.lanczos import Matvec
 from lightning_plasticity.nn.batches import join_batches
+from lightning_plasticity.nn.precision import measured_in
 
 MIN_SPEEDUP = 1.1  # from which the route through the Hessian's range is taken
 MOSTLY_LIVE = 0.8  # share of live coordinates above which the vectors keep the dead ones, as zeros
@@ -243,7 +244,7 @@ def _if_same(measured: Measured, batches: list[Any]) -> Measured:
         before, after = _value(measured), _value(other)
     except Exception:  # a step may take batches of one size only
         return measured
-    dtype = next(parameter.dtype for parameter in measured.module.parameters())
+    dtype = measured_in(next(parameter.dtype for parameter in measured.module.parameters()))
     return other if abs(before - after) <= SAME_LOSS.get(dtype, 1e-2) * abs(before) else measured
 
 

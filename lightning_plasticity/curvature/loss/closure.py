@@ -14,6 +14,7 @@ from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.loss.output_loss import OutputLoss
 from lightning_plasticity.curvature.loss.watch import LossCall, LossWatcher, explain, over_nothing
 from lightning_plasticity.nn.batches import batch_size, clone_batch
+from lightning_plasticity.nn.precision import match_precision
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -64,6 +65,7 @@ class LossClosure:
         Raises:
             MeasurementError: when there is no loss, or it is not finite, or does not depend on a trainable parameter.
         """
+        batch = match_precision(self.module, batch)
         with LossWatcher() as watcher:
             loss = self._loss(batch, index)
         _check_loss(loss, watcher.calls)
@@ -85,7 +87,7 @@ class LossClosure:
 
     def run(self, batch: Any, index: int = 0) -> None:
         """Only run the forward pass, for those who watch its activations; any loss will do, or none."""
-        self._run(batch, index)
+        self._run(match_precision(self.module, batch), index)
 
     def _loss(self, batch: Any, index: int) -> Tensor:
         returned, source = self._run(batch, index)
