@@ -24,6 +24,7 @@ from lightning_plasticity.nn.batches import batch_size, clone_batch
 from lightning_plasticity.nn.generators import generator_state, held_by
 
 CHUNK = 512  # samples in one probe batch at most
+TRAINING_DATASET = "training dataset"  # as a source
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,13 @@ def _of_training(
     own = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or batch_size(first_batch)
     fetch = partial(_fetched, trainer, pl_module, loader, num_samples)
     if own >= min(CHUNK, num_samples, len(_indices(loader))):
-        return Probe(fetch(own), "training dataset")
+        return Probe(fetch(own), TRAINING_DATASET)
 
     def smaller() -> Probe:
-        return Probe(fetch(own), f"training dataset, in batches of {own}")
+        return Probe(fetch(own), f"{TRAINING_DATASET}, in batches of {own}")
 
     try:
-        return Probe(fetch(CHUNK), "training dataset", smaller)
+        return Probe(fetch(CHUNK), TRAINING_DATASET, smaller)
     except Exception:
         return smaller()
 
@@ -108,6 +109,8 @@ def _fetched(trainer: Any, pl_module: Any, loader: DataLoader[Any], num_samples:
 def _indices(loader: DataLoader[Any]) -> Sequence[int]:
     """Which samples training sees: all, or those of a SubsetRandomSampler, for the rest is held out."""
     sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    # Under DDP Lightning wraps a user's sampler in one that deals its indices out to the ranks.
+    sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
     indices: Any = getattr(sampler, "indices", None)
     known = hasattr(indices, "__len__") and hasattr(indices, "__getitem__")
     return indices if known else range(len(loader.dataset))  # type: ignore[arg-type]
