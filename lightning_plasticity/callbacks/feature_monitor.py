@@ -182,10 +182,12 @@ class _LayerStatistics:
 
     def __init__(self, layer: HiddenLayer, conv: FeatureLayout, taus: Sequence[float]) -> None:
         options: dict[str, Any] = {"conv": conv, "channel_dim": layer.channel_dim}
+        options["sync_on_compute"] = False  # all processes see the same samples
         self.singular_values = SingularValues(**options)
         thresholds = {"dead_units": 0.0} | {f"dormant_units_{decimal(tau)}": tau for tau in taus}
         self.units = {
-            name: DormantUnitRatio(tau=tau, channel_dim=layer.channel_dim) for name, tau in thresholds.items()
+            name: DormantUnitRatio(tau=tau, channel_dim=layer.channel_dim, sync_on_compute=False)
+            for name, tau in thresholds.items()
         }
 
     @property

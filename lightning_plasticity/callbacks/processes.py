@@ -47,12 +47,12 @@ def exchange(value: Any) -> list[Any]:
     try:
         sent: bytes | str = pickle.dumps(value)
     except Exception as error:
-        sent = f"cannot be sent to the other processes ({describe(error)})"
+        sent = f"a value cannot be sent to the other processes ({describe(error)})"
     received: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(received, sent)
     refused = [item if isinstance(item, str) else None for item in received]
     if why := in_one_line(refused):
-        raise MeasurementError(f"A value {why}.")
+        raise MeasurementError(f"{why}.")
     return [pickle.loads(item) for item in received]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_plasticity.regularization import Regularizer
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks")
+STATE = "__composable_api_state_key"  # begins the names under which torch keeps process groups on modules
 SHARDING = ("FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy")
 INSTEAD = "strategy='ddp', or ModelParallelStrategy with fully_shard in configure_model; or measure a checkpoint later"
 
@@ -78,22 +79,22 @@ def whole(module: Any) -> Any:
 
 @contextmanager
 def _without_sharding(module: nn.Module) -> Iterator[None]:
-    """Inside, the parts of the module have the classes and hooks that they had before they were sharded."""
-    kept: list[tuple[nn.Module, type, dict[str, Any]]] = []
+    """Inside, the parts of the module have the classes, hooks and attributes that they had before they were sharded."""
+    kept = [(part, type(part), dict(part.__dict__)) for part in module.modules()]
     try:
-        for part in module.modules():
-            cls = type(part)
-            kept.append((part, cls, {name: part.__dict__[name] for name in HOOKS if name in part.__dict__}))
-            base = _fsdp_base(cls)
-            if base is not None:
-                part.__class__ = base
-            for name, hooks in kept[-1][2].items():
-                part.__dict__[name] = type(hooks)((key, hook) for key, hook in hooks.items() if not _shards(hook))
+        for part, cls, attributes in kept:
+            part.__class__ = _fsdp_base(cls) or cls
+            for name, value in attributes.items():
+                if name.startswith(STATE):
+                    del part.__dict__[name]
+                elif name in HOOKS:
+                    part.__dict__[name] = type(value)((k, hook) for k, hook in value.items() if not _shards(hook))
         yield
     finally:
-        for part, cls, hooks in kept:
+        for part, cls, attributes in kept:
             part.__class__ = cls
-            part.__dict__.update(hooks)
+            part.__dict__.clear()
+            part.__dict__.update(attributes)
 
 
 def _fsdp_base(cls: type) -> type | None:

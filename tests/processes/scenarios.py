@@ -53,17 +53,15 @@ def fits(
     rank: int,
     loaders: Sequence[Any],
     callbacks: Sequence[Any],
-    module: L.LightningModule | None = None,
-    witness: bool = True,
+    make: Any = lambda: Classifier(mlp(), lr=0.02),
     **settings: Any,
 ) -> dict[str, Any]:
     """Fit on one loader after the other; what is left behind, with the monitors' records."""
     torch.manual_seed(0)
-    module = Classifier(mlp(), lr=0.02) if module is None else module
-    eyes = Witness()
+    module, eyes = make(), Witness()
     for loader in loaders:
         options = {"devices": 2, "strategy": "ddp"} | settings
-        run = trainer([*callbacks, *([eyes] if witness else [])], **options)
+        run = trainer([*callbacks, eyes], **options)
         run.fit(module, loader)
     plasticity = {k: float(v) for k, v in run.callback_metrics.items() if k.startswith("plasticity")}
     return {
@@ -75,10 +73,10 @@ def fits(
     }
 
 
-def both(rank: int, loaders: Any, callbacks: Sequence[Any], module: Any = None, **settings: Any) -> dict[str, Any]:
+def both(rank: int, loaders: Any, callbacks: Sequence[Any], *make: Any, **settings: Any) -> dict[str, Any]:
     """The same fits with and without callbacks; the names of what differs, and all that the first left behind."""
-    plain = fits(rank, loaders(), [], None if module is None else module(), **settings)
-    watched = fits(rank, loaders(), callbacks, None if module is None else module(), **settings)
+    plain = fits(rank, loaders(), [], *make, **settings)
+    watched = fits(rank, loaders(), callbacks, *make, **settings)
     differing = [key for key in plain["outcome"] if plain["outcome"][key] != watched["outcome"][key]]
     return watched | {"differs": differing}
 
@@ -122,7 +120,7 @@ def pieces(rank: int, directory: Path) -> Any:
     """Each rank has a dataset of its own."""
     loaders = [DataLoader(piece(rank), batch_size=2, drop_last=True)]
     settings = {"use_distributed_sampler": False, "limit_train_batches": 2}
-    few = FeatureRankMonitor(probe_samples=6, on_error="raise")
+    few = FeatureRankMonitor(probe_samples=6, name="few", on_error="raise")
     return both(rank, lambda: loaders, [*pair(on_error="raise"), few], **settings)
 
 
@@ -205,7 +203,7 @@ def budget(rank: int, directory: Path) -> Any:
     wide = nn.Sequential(nn.Linear(16, 150), nn.ReLU(), nn.Linear(150, 150), nn.ReLU(), nn.Linear(150, 3))
     monitor = HessianSpectrumMonitor("hessian", when="start", max_seconds=0.2, on_error="raise")
     loaders = [DataLoader(TensorDataset(*data(task, 256)), batch_size=128) for task in (0, 1)]
-    found = fits(rank, loaders, [monitor], Slow(wide, lr=0.01))
+    found = fits(rank, loaders, [monitor], lambda: Slow(wide, lr=0.01))
     return {"records": found["records"], "plans": monitor.state_dict()["plans"]}
 
 
@@ -235,7 +233,7 @@ def labels(rank: int, directory: Path) -> Any:
     loader = DataLoader(TensorDataset(*data(0, 24)), batch_size=3)
     monitor = FeatureRankMonitor(on_error="raise")
     tracker = TaskTracker(TaskAttribute())
-    return fits(rank, [loader], [tracker, monitor], Labelled(mlp(), lr=0.02))
+    return fits(rank, [loader], [tracker, monitor], lambda: Labelled(mlp(), lr=0.02))
 
 
 # Regularisation: a batch of six in one process, or of three in two.
@@ -244,13 +242,10 @@ def labels(rank: int, directory: Path) -> Any:
 def regularised(kind: str, batch_size: int, rank: int, directory: Path, **settings: Any) -> Any:
     inputs, classes = data(3, 24)
     loader = DataLoader(TensorDataset(inputs[:, :4], classes), batch_size=batch_size)
-    module: L.LightningModule = Net()
     callbacks = []
-    if kind == "mixin":
-        module = MixedNet()
-    elif kind == "callback":
+    if kind == "callback":
         callbacks = [Regularization.l2er(rank_strength=0.3, rank_every_n_steps=2, l2_strength=1e-2)]
-    return fits(rank, [loader], callbacks, module, **settings)
+    return fits(rank, [loader], callbacks, MixedNet if kind == "mixin" else Net, **settings)
 
 
 class MixedNet(L2ERMixin, Net):
@@ -299,7 +294,7 @@ def sharded_run(callbacks: Sequence[Any]) -> dict[str, Any]:
     strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     run = trainer(callbacks, devices=2, strategy=strategy)
     run.fit(module, DataLoader(dataset(), batch_size=4))
-    cut = {name: tensor for name, tensor in module.net.state_dict().items()}
+    cut = dict(module.net.state_dict())
     return {
         "mine": {name: leaves(tensor.to_local()) for name, tensor in cut.items()},
         "losses": repr(module.losses),
