@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from runs import Classifier, Witness, data, mlp, outcome, trainer
 from small_fits import Net
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from lightning_plasticity import FeatureRankMonitor, HessianSpectrumMonitor, L2ERMixin, Regularization, TaskTracker
 from lightning_plasticity.callbacks.schedules import EveryNEpochs, TaskAttribute
@@ -241,7 +241,11 @@ def labels(rank: int, directory: Path) -> Any:
 
 def regularised(kind: str, batch_size: int, rank: int, directory: Path, **settings: Any) -> Any:
     inputs, classes = data(3, 24)
-    loader = DataLoader(TensorDataset(inputs[:, :4], classes), batch_size=batch_size)
+    samples = TensorDataset(inputs[:, :4], classes)
+    # Lightning's own sampler would shuffle.
+    dealt = DistributedSampler(samples, num_replicas=6 // batch_size, rank=rank, shuffle=False)
+    loader = DataLoader(samples, batch_size=batch_size, sampler=dealt)
+    settings["use_distributed_sampler"] = False
     callbacks = []
     if kind == "callback":
         callbacks = [Regularization.l2er(rank_strength=0.3, rank_every_n_steps=2, l2_strength=1e-2)]
