@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_plasticity.callbacks.arguments import choice, decimal, function, numbers
 from lightning_plasticity.callbacks.live import live_optimizers
-from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement, OnError, Phase, describe
+from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement, OnError, Phase
+from lightning_plasticity.callbacks.processes import describe
 from lightning_plasticity.curvature import LossClosure
 from lightning_plasticity.curvature.loss.closure import LossFunction
 from lightning_plasticity.linalg import (
@@ -182,10 +183,12 @@ class _LayerStatistics:
 
     def __init__(self, layer: HiddenLayer, conv: FeatureLayout, taus: Sequence[float]) -> None:
         options: dict[str, Any] = {"conv": conv, "channel_dim": layer.channel_dim}
+        options["sync_on_compute"] = False  # all processes see the same samples
         self.singular_values = SingularValues(**options)
         thresholds = {"dead_units": 0.0} | {f"dormant_units_{decimal(tau)}": tau for tau in taus}
         self.units = {
-            name: DormantUnitRatio(tau=tau, channel_dim=layer.channel_dim) for name, tau in thresholds.items()
+            name: DormantUnitRatio(tau=tau, channel_dim=layer.channel_dim, sync_on_compute=False)
+            for name, tau in thresholds.items()
         }
 
     @property

@@ -13,7 +13,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_plasticity.callbacks.arguments import choice, choices, decimal, function, numbers, whole_number
 from lightning_plasticity.callbacks.kept_plans import KeptPlans
 from lightning_plasticity.callbacks.live import live_optimizers
-from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement, OnError, Phase, describe, tell
+from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement, OnError, Phase, tell
+from lightning_plasticity.callbacks.processes import describe
 from lightning_plasticity.curvature import Measured, MeasurementError, Spectrum, measure_hessian
 from lightning_plasticity.curvature.budget import Budget, training_step_bytes
 from lightning_plasticity.curvature.gram.estimate import gram_spectrum
@@ -163,6 +164,14 @@ class HessianSpectrumMonitor(BoundaryMonitor):
     def may_be_long(self, pl_module: LightningModule) -> bool:
         """Whether parameters times samples are many."""
         return self.probe_samples * sum(p.numel() for p in pl_module.parameters() if p.requires_grad) > LONG_WORK
+
+    def plans(self) -> Any:
+        """Samples, steps and method of each problem size."""
+        return self._plans.state_dict()
+
+    def take_plans(self, plans: Any) -> None:
+        """Measure as rank zero does."""
+        self._plans.load_state_dict(plans)
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, batches: list[Any], phase: Phase) -> Measurement:
         """All quantities; one that fails leaves the others."""

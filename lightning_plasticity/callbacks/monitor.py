@@ -8,9 +8,11 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -19,6 +21,15 @@ from torch import Tensor
 from lightning_plasticity.callbacks.arguments import choices, label, whole_number
 from lightning_plasticity.callbacks.live import quiet
 from lightning_plasticity.callbacks.probe_data import FIRST_BATCH, Probe, probe_batches
+from lightning_plasticity.callbacks.processes import (
+    describe,
+    exchange,
+    merged_failures,
+    no_collectives,
+    several,
+    shared_probe,
+)
+from lightning_plasticity.callbacks.sharding import refuse_unknown_sharding, whole
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
 from lightning_plasticity.curvature import MeasurementError, Spectrum
 from lightning_plasticity.curvature.measured import dtype_name
@@ -105,6 +116,13 @@ class BoundaryMonitor(Callback):
         """Whether to expect a long measurement where none has been made yet."""
         return False
 
+    def plans(self) -> Any:
+        """What this rank chose to do, in plain Python, for the others to do the same from now on."""
+        return None
+
+    def take_plans(self, plans: Any) -> None:
+        """Do as rank zero does."""
+
     def named(self, key: str) -> str:
         """The key with the monitor's name in it."""
         return key if self.name is None else key.replace("plasticity/", f"plasticity/{self.name}/", 1)
@@ -117,6 +135,8 @@ class BoundaryMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the Trainer's task tracker, or give it one; an evaluation may load one from a checkpoint."""
         self._tracker = TaskTracker.attach(trainer, self._tracker)
+        if stage == "fit":
+            refuse_unknown_sharding(trainer, type(self).__name__)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring a checkpoint's first batch to the module's device."""
@@ -182,15 +202,18 @@ class BoundaryMonitor(Callback):
         name = type(self).__name__
         self._announce_start(trainer, pl_module, task, phase)
         started = time.perf_counter()
-        measurement = Measurement()
+        measurement, error = Measurement(), None
         try:
             with quiet(trainer):
                 measurement = self._measured(trainer, pl_module, phase)
-        except Exception as error:
-            if self.on_error == "raise":
-                raise
-            measurement.failures[""] = describe(error)
+        except Exception as caught:
+            error = caught
+            measurement.failures[""] = describe(caught)
         seconds = time.perf_counter() - started
+        if several(trainer):  # every rank comes here, whatever happened to it
+            measurement, seconds = self._agreed(measurement, seconds)
+        if error is not None and self.on_error == "raise":
+            raise error
         causes = _by_cause(measurement.failures)
         failure = "; ".join(f"{parts}: {why}" if parts else why for why, parts in causes.items()) or None
         if failure is not None and self.on_error == "raise":
@@ -211,20 +234,37 @@ class BoundaryMonitor(Callback):
         assert self._probe is not None
         smaller = self._probe.smaller
         measurement = None
-        try:
-            measurement = self.measure(trainer, pl_module, self._probe.batches, phase)
-        except Exception as error:
-            if smaller is None or isinstance(error, MeasurementError):
-                raise
-        if smaller is not None and (measurement is None or measurement.retry):
-            self._probe = smaller()
-            measurement = self.measure(trainer, pl_module, self._probe.batches, phase)
+        module = whole(pl_module)
+        with no_collectives(trainer):
+            try:
+                measurement = self.measure(trainer, module, self._probe.batches, phase)
+            except Exception as error:
+                if smaller is None or isinstance(error, MeasurementError):
+                    raise
+            if smaller is not None and (measurement is None or measurement.retry):
+                self._probe = smaller()
+                measurement = self.measure(trainer, module, self._probe.batches, phase)
         assert measurement is not None
         measurement.settings |= {"data": self._probe.source, "dtype": dtype_name(measured_dtype(pl_module))}
         return measurement
 
+    def _agreed(self, measurement: Measurement, seconds: float) -> tuple[Measurement, float]:
+        """Rank zero's numbers on all ranks, with what failed on any; only rank zero keeps what it saves."""
+        mine = (measurement.values, measurement.settings, measurement.failures, seconds, self.plans())
+        try:
+            ranks = exchange(mine)
+        except MeasurementError as error:
+            return Measurement(failures={"": str(error)}), seconds
+        values, settings, _, seconds, plans = ranks[0]
+        if torch.distributed.get_rank():
+            measurement = Measurement(values, settings)
+            self.take_plans(plans)
+        measurement.failures = merged_failures([failures for _, _, failures, _, _ in ranks])
+        return measurement, seconds
+
     def _fetch(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        self._probe = probe_batches(trainer, pl_module, self.data, self.probe_samples, batch)
+        fetch = partial(probe_batches, trainer, pl_module, self.data, self.probe_samples, batch)
+        self._probe = shared_probe(trainer, pl_module, fetch, self.probe_samples)
 
     def _fetch_for_end(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """Fetch ahead; what fails here fails again at the end, and is recorded there."""
@@ -238,7 +278,7 @@ class BoundaryMonitor(Callback):
         self.records.append(record)
         if record.phase == "start":
             with self._guarded(trainer, "log to the module"):
-                _reach_callback_metrics(pl_module, record)
+                _reach_callback_metrics(pl_module, record, several(trainer))
         for logger in trainer.loggers if trainer.is_global_zero else ():
             with self._guarded(trainer, f"log to {type(logger).__name__}"):
                 self._log(logger, record, measurement)
@@ -255,8 +295,10 @@ class BoundaryMonitor(Callback):
             self._warn_once(trainer, f"{what} {why}", f"{name} could not {what}: {why.rstrip('.')}. Training goes on.")
 
     def _save(self, trainer: Trainer, record: TaskRecord, measurement: Measurement) -> TaskRecord:
+        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+            return record
         directory = Path(self.save_dir) if self.save_dir is not None else log_directory(trainer.loggers)
-        if directory is None or not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
+        if directory is None:
             return record
         names = {}
         for matrix, spectrum in measurement.spectra.items():
@@ -306,13 +348,14 @@ def _phased(key: str, phase: str) -> str:
     return key if phase == "start" else key.replace("plasticity/", "plasticity/end/", 1)
 
 
-def _reach_callback_metrics(pl_module: LightningModule, record: TaskRecord) -> None:
-    """Let EarlyStopping, ModelCheckpoint and tuners see the values of a task's start."""
+def _reach_callback_metrics(pl_module: LightningModule, record: TaskRecord, sync: bool) -> None:
+    """Let EarlyStopping, ModelCheckpoint and tuners see the values of a task's start; ranks have the same."""
     if getattr(pl_module.trainer, "barebones", False):
         return  # nobody collects them there, and Lightning would warn of each
     for key, estimate in record.values.items():
         if estimate.resolved:
-            pl_module.log(key, estimate.value, on_step=False, on_epoch=True, logger=False, batch_size=1)
+            options: dict[str, Any] = {"on_step": False, "on_epoch": True, "logger": False, "batch_size": 1}
+            pl_module.log(key, estimate.value, sync_dist=sync, **options)
 
 
 def _announce(trainer: Trainer, seconds: float, what: str) -> None:
@@ -327,11 +370,6 @@ def tell(trainer: Trainer, what: str) -> None:
         bar.print(what)
     else:
         rank_zero_info(what)
-
-
-def describe(error: Exception) -> str:
-    """Why a measurement failed, for people: our own messages as they are, others with their type."""
-    return str(error) if isinstance(error, MeasurementError) else f"{type(error).__name__}: {error}"
 
 
 def _by_cause(failures: Mapping[str, str]) -> dict[str, str]:

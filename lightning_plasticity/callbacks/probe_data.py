@@ -25,6 +25,7 @@ from lightning_plasticity.nn.generators import generator_state, held_by
 
 FIRST_BATCH = "first batch"
 CHUNK = 512  # samples in one probe batch at most
+TRAINING_DATASET = "training dataset"  # as a source
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,13 @@ def _of_training(
     own = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or batch_size(first_batch)
     fetch = partial(_fetched, trainer, pl_module, loader, num_samples)
     if own >= min(CHUNK, num_samples, len(_indices(trainer, loader))):
-        return Probe(fetch(own), "training dataset")
+        return Probe(fetch(own), TRAINING_DATASET)
 
     def smaller() -> Probe:
-        return Probe(fetch(own), f"training dataset, in batches of {own}")
+        return Probe(fetch(own), f"{TRAINING_DATASET}, in batches of {own}")
 
     try:
-        return Probe(fetch(CHUNK), "training dataset", smaller)
+        return Probe(fetch(CHUNK), TRAINING_DATASET, smaller)
     except Exception:
         return smaller()
 
@@ -109,6 +110,8 @@ def _fetched(trainer: Any, pl_module: Any, loader: DataLoader[Any], num_samples:
 def _indices(trainer: Any, loader: DataLoader[Any]) -> Sequence[int]:
     """Which samples training sees: all, those of a SubsetRandomSampler, or those that the Trainer's limits leave."""
     sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    # Under DDP Lightning wraps a user's sampler in one that deals its indices out to the ranks.
+    sampler = getattr(getattr(sampler, "dataset", None), "_sampler", sampler)
     indices: Any = getattr(sampler, "indices", None)
     if hasattr(indices, "__len__") and hasattr(indices, "__getitem__"):
         return indices  # type: ignore[no-any-return]

@@ -11,10 +11,13 @@ from weakref import ref
 
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_plasticity.callbacks.live import live_optimizers, quiet
-from lightning_plasticity.curvature import LossClosure
+from lightning_plasticity.callbacks.processes import joined_batches, several
+from lightning_plasticity.callbacks.sharding import refuse_sharded_regularizers
+from lightning_plasticity.curvature import LossClosure, MeasurementError
 from lightning_plasticity.nn import is_measuring
 from lightning_plasticity.nn.batches import clone_batch
 from lightning_plasticity.nn.snapshot import shadow_method
@@ -34,6 +37,7 @@ class EngineHooks(Callback):
     _last_step = 0
     _in_batch = False
     _resuming = True
+    _told = False
 
     def engine(self, pl_module: Any) -> tuple[RegularizationEngine, list[Regularizer]]:
         """The engine of this module, and the regularisers it shall apply now."""
@@ -43,6 +47,7 @@ class EngineHooks(Callback):
         """Take the settings as they are now; refuse wrong ones and unknown layer names before training starts."""
         if stage == "fit":
             self._engine, regularizers = self.engine(pl_module)
+            refuse_sharded_regularizers(trainer, regularizers)
             self._engine.begin_fit(pl_module, regularizers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -70,7 +75,22 @@ class EngineHooks(Callback):
             return
         self._last_step = trainer.global_step
         reduce = None if trainer.world_size == 1 else trainer.strategy.reduce
-        self._running.after_step(pl_module, partial(run_step, pl_module), reduce, partial(live_optimizers, pl_module))
+        gather = partial(self._joined, pl_module) if several(trainer) else None
+        live = partial(live_optimizers, pl_module)
+        self._running.after_step(pl_module, partial(run_step, pl_module), reduce, live, gather)
+
+    def _joined(self, pl_module: LightningModule, batches: Sequence[Any]) -> Sequence[Any]:
+        """All ranks' minibatches; one's own where they cannot be sent, and the gradients are averaged."""
+        try:
+            return joined_batches(batches, pl_module.device)
+        except MeasurementError as error:  # on all ranks
+            if not self._told:
+                rank_zero_warn(
+                    f"Regularisation: {str(error).rstrip('.')}. Each process takes the separate step's gradient on its "
+                    "own minibatches, and the mean is used; let batches be tensors, tuples, lists and dicts."
+                )
+            self._told = True
+            return batches
 
     def state_dict(self) -> dict[str, Any]:
         """The engine's counters and remembered minibatches."""

@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_plasticity.callbacks.processes import exchange, several
 from lightning_plasticity.callbacks.schedules import EveryFit, TaskAttribute, TaskSchedule, find_attribute, plain_label
 
 __all__ = ["TaskTracker"]
@@ -113,7 +114,10 @@ class TaskTracker(Callback):
         return self._state.epochs - self._state.start_epochs
 
     def new_task(self) -> None:
-        """Mark a boundary by hand: the next training batch begins a new task, whatever the schedule says."""
+        """Mark a boundary by hand: the next training batch begins a new task, whatever the schedule says.
+
+        Of several processes, all have to call it between the same batches.
+        """
         self._state.new_task = True
 
     @staticmethod
@@ -165,6 +169,10 @@ class TaskTracker(Callback):
         """Cross the boundary if this batch belongs to a new task."""
         self._saw_batch = True
         label = plain_label(self._chosen.label(trainer, pl_module))
+        if type(self._chosen).label is not TaskSchedule.label and several(trainer):
+            # Labels may come from batches, and ranks have different ones: boundaries are where rank zero sees them.
+            found = exchange((label, self._state.new_task))
+            label, self._state.new_task = found[0][0], any(asked for _, asked in found)
         if self._begins_task(label):
             if self._state.in_task:
                 self._end(trainer, pl_module)

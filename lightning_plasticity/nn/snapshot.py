@@ -136,7 +136,8 @@ def _place(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _same_bits(left: Tensor, right: Tensor) -> bool:
-    """Equality that tells -0.0 from 0.0 and knows a NaN again."""
+    """Equality that tells -0.0 from 0.0 and knows a NaN again; of a sharded tensor, of this process's piece."""
+    left, right = (t.to_local() if hasattr(t, "to_local") else t for t in (left, right))
     left, right = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (left, right))
     bits = _BITS.get(left.element_size())
     return bits is not None and torch.equal(left.view(bits), right.view(bits))

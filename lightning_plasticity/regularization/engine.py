@@ -21,6 +21,7 @@ from lightning_plasticity.regularization.base import Regularizer
 Run = Callable[[Any], object]
 Reduce = Callable[[Tensor], Tensor]
 Live = Callable[[], Mapping[str, Any]]
+Gather = Callable[[Sequence[Any]], Sequence[Any]]
 
 
 class RegularizationEngine:
@@ -88,7 +89,14 @@ class RegularizationEngine:
         if any(regularizer.takes_steps for regularizer in self.regularizers):
             self._window.append((self.num_steps, clone_batch(batch)))
 
-    def after_step(self, module: nn.Module, run: Run, reduce: Reduce | None = None, live: Live = dict) -> None:
+    def after_step(
+        self,
+        module: nn.Module,
+        run: Run,
+        reduce: Reduce | None = None,
+        live: Live = dict,
+        gather: Gather | None = None,
+    ) -> None:
         """Count an optimizer step, and take the separate steps that are due: each on the minibatches since its last.
 
         Args:
@@ -96,13 +104,14 @@ class RegularizationEngine:
             run: runs a forward pass on one batch (``module.training_step`` or ``module``).
             reduce: averages a gradient over processes.
             live: gives the optimizers and schedulers that ``undisturbed`` must keep from stepping meanwhile.
+            gather: gives all processes' minibatches in return for one's own, the same to each.
         """
         self.num_steps += 1
         stepping = [r for r in self.regularizers if r.takes_steps]
         for regularizer in stepping:
             if self.num_steps % regularizer.every_n_steps == 0:
                 seen = [batch for step, batch in self._window if step >= self.num_steps - regularizer.every_n_steps]
-                self._separate_step(regularizer, module, seen, run, reduce, live)
+                self._separate_step(regularizer, module, seen if gather is None else gather(seen), run, reduce, live)
         oldest = min((self.num_steps - self.num_steps % r.every_n_steps for r in stepping), default=self.num_steps)
         self._window = [(step, batch) for step, batch in self._window if step >= oldest]
 

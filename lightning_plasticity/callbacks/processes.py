@@ -1,0 +1,170 @@
+"""Measuring in several processes: all ranks measure the same samples, without collectives, and agree afterwards.
+
+Every exchange is reached by every rank, also by one on which something failed before: nothing is left waiting.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_plasticity.callbacks.probe_data import TRAINING_DATASET, Probe
+from lightning_plasticity.curvature import MeasurementError
+from lightning_plasticity.curvature.samples import first_samples, num_samples
+from lightning_plasticity.nn.batches import map_tensors, tensors_of
+
+# What code under measurement may not call: ranks may run it a different number of times.
+COLLECTIVES = (
+    "all_gather", "all_gather_into_tensor", "_all_gather_base", "all_gather_object", "all_reduce", "all_to_all",
+    "all_to_all_single", "barrier", "broadcast", "broadcast_object_list", "gather", "gather_object", "reduce",
+    "reduce_scatter", "reduce_scatter_tensor", "scatter", "send", "recv", "isend", "irecv",
+)  # fmt: skip
+
+
+def several(trainer: Any) -> bool:
+    """Whether this Trainer's run has other processes to agree with."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return distributed and int(getattr(trainer, "world_size", 1)) > 1
+
+
+def describe(error: Exception) -> str:
+    """Why a measurement failed, for people: our own messages as they are, others with their type."""
+    return str(error) if isinstance(error, MeasurementError) else f"{type(error).__name__}: {error}"
+
+
+def exchange(value: Any) -> list[Any]:
+    """What every rank gave, by rank; a collective.
+
+    Raises:
+        MeasurementError: on all ranks, when the value of one cannot be pickled.
+    """
+    try:
+        sent: bytes | str = pickle.dumps(value)
+    except Exception as error:
+        sent = f"a value cannot be sent to the other processes ({describe(error)})"
+    received: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(received, sent)
+    refused = [item if isinstance(item, str) else None for item in received]
+    if why := in_one_line(refused):
+        raise MeasurementError(f"{why}.")
+    return [pickle.loads(item) for item in received]
+
+
+def in_one_line(texts: Sequence[str | None]) -> str:
+    """What ranks have to say, once where all say the same."""
+    if len(set(texts)) == 1:
+        return texts[0] or ""
+    return "; ".join(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
+
+
+def shared_probe(trainer: Any, pl_module: Any, fetch: Callable[[], Probe], limit: int) -> Probe:
+    """The same probe data on all ranks.
+
+    Ranks that read the same samples of one dataset keep theirs. Where they differ (streams, data sharded by hand) all
+    get all ranks' samples, rank after rank; of datasets each rank gives its share of ``limit`` samples.
+
+    Raises:
+        MeasurementError: on all ranks, when one could not fetch its own.
+    """
+    if not several(trainer):
+        return fetch()
+    probe, own, error = _attempt(fetch)
+    found = exchange((own, error))
+    _raise_together([error for _, error in found])
+    assert probe is not None
+    if len({own for own, _ in found}) == 1:
+        return probe
+    # Each in batches of the training loader's size: a step may want those, and one rank cannot try again alone.
+    probe, _, error = _attempt(probe.smaller) if probe.smaller is not None else (probe, None, None)
+    sent = None if probe is None else [map_tensors(batch, lambda t: t.detach().cpu()) for batch in probe.batches]
+    parts = exchange((sent, error))
+    _raise_together([error for _, error in parts])
+    assert probe is not None
+    batches = [list(part) for part, _ in parts]
+    total = sum(num_samples(part) for part in batches)
+    if probe.source.startswith(TRAINING_DATASET) and total > limit:
+        batches = [first_samples(part, max(1, limit * num_samples(part) // total)) for part in batches]
+    device = pl_module.device
+    joined = [map_tensors(batch, lambda t: t.to(device)) for part in batches for batch in part]
+    return Probe(joined, f"{probe.source}, of {len(parts)} processes")
+
+
+def joined_batches(batches: Sequence[Any], device: torch.device) -> list[Any]:
+    """All ranks' minibatches, rank after rank; a collective.
+
+    Raises:
+        MeasurementError: on all ranks, when those of one cannot be pickled.
+    """
+    parts = exchange([map_tensors(batch, lambda t: t.detach().cpu()) for batch in batches])
+    return [map_tensors(batch, lambda t: t.to(device)) for part in parts for batch in part]
+
+
+def merged_failures(failures: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """What failed on any rank, by its name, and why."""
+    parts = dict.fromkeys(part for failed in failures for part in failed)
+    return {part: in_one_line([failed.get(part) for failed in failures]) for part in parts}
+
+
+@contextmanager
+def no_collectives(trainer: Any) -> Iterator[None]:
+    """Inside, a module that calls ``torch.distributed`` fails instead of waiting for ranks that may not do the same."""
+    if not several(trainer):
+        yield
+        return
+
+    def refuse(name: str) -> Callable[..., Any]:
+        def refused(*args: Any, **kwargs: Any) -> Any:
+            raise MeasurementError(
+                f"The measured step calls torch.distributed.{name}, which ranks may not do equally often while "
+                "measuring; define curvature_loss(batch) without it on the module. SyncBatchNorm: use mode='frozen'."
+            )
+
+        return refused
+
+    before = {name: getattr(torch.distributed, name) for name in COLLECTIVES if hasattr(torch.distributed, name)}
+    try:
+        for name in before:
+            setattr(torch.distributed, name, refuse(name))
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(torch.distributed, name, function)
+
+
+def _attempt(fetch: Callable[[], Probe]) -> tuple[Probe | None, bytes | None, str | None]:
+    """Probe data with its fingerprint, or why there is none."""
+    try:
+        probe = fetch()
+        return probe, _fingerprint(probe.batches), None
+    except Exception as error:
+        return None, None, describe(error)
+
+
+def _raise_together(errors: Sequence[str | None]) -> None:
+    if why := in_one_line(errors):
+        raise MeasurementError(why)
+
+
+def _fingerprint(batches: Sequence[Any]) -> bytes:
+    """Equal for equal tensors; where there are none, for equal pickles."""
+    digest = hashlib.sha256()
+    tensors: list[Tensor] = tensors_of(list(batches))
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    if not tensors:
+        digest.update(pickle.dumps(batches))
+    return digest.digest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    plain = tensor.detach().cpu()
+    if plain.layout != torch.strided or plain.is_quantized:
+        return pickle.dumps(plain.coalesce() if plain.is_sparse else plain)
+    return plain.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -1,0 +1,355 @@
+"""What the ranks run; each returns plain values for the tests to compare. Small, for every fit is run several times."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
+from runs import Classifier, Witness, data, mlp, outcome, trainer
+from small_fits import Net
+from torch import nn
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
+
+from lightning_plasticity import FeatureRankMonitor, HessianSpectrumMonitor, L2ERMixin, Regularization, TaskTracker
+from lightning_plasticity.callbacks.schedules import EveryNEpochs, TaskAttribute
+from lightning_plasticity.metrics import (
+    ApproximateRank,
+    DormantUnitRatio,
+    EffectiveRank,
+    FeatureRank,
+    SRank,
+    StableRank,
+)
+
+UNEVEN = 11  # samples, for two ranks
+PIECES = {0: 7, 1: 4}  # of samples, where each rank has its own
+SIZES = {0: 5, 1: 3}  # of a rank's batches
+METRICS = {
+    "effective": EffectiveRank,
+    "stable": StableRank,
+    "srank": SRank,
+    "approximate": ApproximateRank,
+    "feature": partial(FeatureRank, eps=1.0),
+    "dormant": partial(DormantUnitRatio, tau=0.8),
+}
+
+
+def pair(**settings: Any) -> list[Any]:
+    return [
+        HessianSpectrumMonitor(("ggn", "hessian"), eps=0.01, probe_samples=32, max_seconds=None, **settings),
+        FeatureRankMonitor(probe_samples=32, **settings),
+    ]
+
+
+def fits(
+    rank: int,
+    loaders: Sequence[Any],
+    callbacks: Sequence[Any],
+    make: Any = lambda: Classifier(mlp(), lr=0.02),
+    **settings: Any,
+) -> dict[str, Any]:
+    """Fit on one loader after the other; what is left behind, with the monitors' records."""
+    torch.manual_seed(0)
+    module, eyes = make(), Witness()
+    for loader in loaders:
+        options = {"devices": 2, "strategy": "ddp"} | settings
+        run = trainer([*callbacks, eyes], **options)
+        run.fit(module, loader)
+    plasticity = {k: float(v) for k, v in run.callback_metrics.items() if k.startswith("plasticity")}
+    return {
+        "outcome": outcome(module, eyes, run),
+        "state": {name: tensor.detach().clone() for name, tensor in module.net.state_dict().items()},
+        "records": [r.to_dict() for c in callbacks for r in getattr(c, "records", [])],
+        "metrics": plasticity,
+        "zero": run.is_global_zero,
+    }
+
+
+def both(rank: int, loaders: Any, callbacks: Sequence[Any], *make: Any, **settings: Any) -> dict[str, Any]:
+    """The same fits with and without callbacks; the names of what differs, and all that the first left behind."""
+    plain = fits(rank, loaders(), [], *make, **settings)
+    watched = fits(rank, loaders(), callbacks, *make, **settings)
+    differing = [key for key in plain["outcome"] if plain["outcome"][key] != watched["outcome"][key]]
+    return watched | {"differs": differing}
+
+
+def dataset(task: int = 0) -> TensorDataset:
+    return TensorDataset(*data(task, UNEVEN))
+
+
+def whole_loader(task: int) -> DataLoader[Any]:
+    return DataLoader(dataset(task), batch_size=4, shuffle=True)
+
+
+def map_style(rank: int, directory: Path) -> Any:
+    """One dataset, dealt out by Lightning's DistributedSampler; files and loggers in one directory for all ranks."""
+    loggers = [CSVLogger(directory, name="csv", version=""), TensorBoardLogger(directory, name="tb", version="")]
+    return both(rank, lambda: [whole_loader(0), whole_loader(1)], pair(on_error="raise"), logger=loggers)
+
+
+class Stream(IterableDataset[Any]):
+    """Batches of the rank's own samples and sizes."""
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+    def __iter__(self) -> Iterator[Any]:
+        for task in (1, 2):
+            inputs, labels = data(10 * task + self.rank, SIZES[self.rank])
+            yield inputs, labels
+
+
+def stream(rank: int, directory: Path) -> Any:
+    return both(rank, lambda: [DataLoader(Stream(rank), batch_size=None)], pair(on_error="raise"))
+
+
+def piece(rank: int) -> TensorDataset:
+    inputs, labels = data(0, UNEVEN)
+    return TensorDataset(*((inputs[:7], labels[:7]) if rank == 0 else (inputs[7:], labels[7:])))
+
+
+def pieces(rank: int, directory: Path) -> Any:
+    """Each rank has a dataset of its own."""
+    loaders = [DataLoader(piece(rank), batch_size=2, drop_last=True)]
+    settings = {"use_distributed_sampler": False, "limit_train_batches": 2}
+    few = FeatureRankMonitor(probe_samples=6, name="few", on_error="raise")
+    return both(rank, lambda: loaders, [*pair(on_error="raise"), few], **settings)
+
+
+def held_out(rank: int, directory: Path) -> Any:
+    """A user's sampler leaves samples out; DDP wraps it."""
+    sampler = torch.utils.data.SubsetRandomSampler(range(6))
+    found = FeatureRankMonitor(when="start", on_error="raise")
+    return fits(rank, [DataLoader(dataset(), batch_size=2, sampler=sampler)], [found])
+
+
+class FailsOn(Classifier):
+    """Cannot be measured on one rank; trains as ever."""
+
+    bad = 1
+
+    def curvature_loss(self, batch: Any) -> Any:
+        if self.trainer.global_rank == self.bad:
+            raise RuntimeError("no memory left")
+        return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+
+class FailsOnZero(FailsOn):
+    bad = 0
+
+
+def failing(kind: type[FailsOn], rank: int, directory: Path) -> Any:
+    return both(rank, lambda: [whole_loader(0)], pair(), lambda: kind(mlp(), lr=0.02))
+
+
+def no_data(rank: int, directory: Path) -> Any:
+    def get(trainer: L.Trainer, module: L.LightningModule) -> Any:
+        if trainer.global_rank == 1:
+            raise OSError("disk gone")
+        return data(0, 8)
+
+    return both(rank, lambda: [whole_loader(0)], pair(data=get))
+
+
+def unsendable(rank: int, directory: Path) -> Any:
+    """Probe data that differ and cannot be pickled on one rank."""
+
+    def get(trainer: L.Trainer, module: L.LightningModule) -> Any:
+        inputs, labels = data(trainer.global_rank, 8)
+        return [inputs, labels] if trainer.global_rank == 0 else [inputs, labels, Locked()]
+
+    return both(rank, lambda: [whole_loader(0)], pair(data=get))
+
+
+class Locked:
+    def __reduce__(self) -> Any:
+        raise TypeError("cannot pickle Locked")
+
+    def __deepcopy__(self, memo: Any) -> Locked:
+        return self
+
+
+class Gathers(Classifier):
+    """A step with a collective of its own."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        out = self.net(batch[0])
+        everybody = self.all_gather(out.detach())
+        return nn.functional.cross_entropy(out, batch[1]) + 0.0 * everybody.sum()
+
+
+def collective(rank: int, directory: Path) -> Any:
+    loader = DataLoader(TensorDataset(*data(0, 12)), batch_size=3)
+    return both(rank, lambda: [loader], pair(), lambda: Gathers(mlp(), lr=0.02))
+
+
+class Slow(Classifier):
+    """Slow on one rank, so that timed trials come out differently there."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        time.sleep(0.01 * self.trainer.global_rank)
+        return super().training_step(batch, batch_idx)
+
+
+def budget(rank: int, directory: Path) -> Any:
+    wide = nn.Sequential(nn.Linear(16, 150), nn.ReLU(), nn.Linear(150, 150), nn.ReLU(), nn.Linear(150, 3))
+    monitor = HessianSpectrumMonitor("hessian", when="start", max_seconds=0.2, on_error="raise")
+    loaders = [DataLoader(TensorDataset(*data(task, 256)), batch_size=128) for task in (0, 1)]
+    found = fits(rank, loaders, [monitor], lambda: Slow(wide, lr=0.01))
+    return {"records": found["records"], "plans": monitor.state_dict()["plans"]}
+
+
+def stopping(rank: int, directory: Path) -> Any:
+    """Callbacks that read our keys, on both ranks."""
+    stop = EarlyStopping("plasticity/features/effective_rank", patience=1, mode="max", min_delta=100.0)
+    save = ModelCheckpoint(directory, monitor="plasticity/ggn/eps_rank_0.01", save_top_k=1, mode="max")
+    callbacks = [TaskTracker(EveryNEpochs(1)), *pair(on_error="raise"), stop, save]
+    options = {"max_epochs": 6, "enable_checkpointing": True}
+    found = fits(rank, [whole_loader(0)], callbacks, **options)
+    return found | {"stopped": stop.stopped_epoch, "best": save.best_model_path, "score": float(save.best_model_score)}
+
+
+class Labelled(Classifier):
+    """Learns of a new task from its batches; one rank is a batch late, the other way round on the next task."""
+
+    task_id = 0
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if self.training:
+            seen = len(self.losses)
+            self.task_id = (seen + self.trainer.global_rank) // 2
+        return batch
+
+
+def labels(rank: int, directory: Path) -> Any:
+    loader = DataLoader(TensorDataset(*data(0, 24)), batch_size=3)
+    monitor = FeatureRankMonitor(on_error="raise")
+    tracker = TaskTracker(TaskAttribute())
+    return fits(rank, [loader], [tracker, monitor], lambda: Labelled(mlp(), lr=0.02))
+
+
+# Regularisation: a batch of six in one process, or of three in two.
+
+
+def regularised(kind: str, batch_size: int, rank: int, directory: Path, **settings: Any) -> Any:
+    inputs, classes = data(3, 24)
+    samples = TensorDataset(inputs[:, :4], classes)
+    # Lightning's own sampler would shuffle.
+    dealt = DistributedSampler(samples, num_replicas=6 // batch_size, rank=rank, shuffle=False)
+    loader = DataLoader(samples, batch_size=batch_size, sampler=dealt)
+    settings["use_distributed_sampler"] = False
+    callbacks = []
+    if kind == "callback":
+        callbacks = [Regularization.l2er(rank_strength=0.3, rank_every_n_steps=2, l2_strength=1e-2)]
+    return fits(rank, [loader], callbacks, MixedNet if kind == "mixin" else Net, **settings)
+
+
+class MixedNet(L2ERMixin, Net):
+    rank_strength, rank_every_n_steps, l2_strength = 0.3, 2, 1e-2
+
+
+def metrics(rank: int | None, directory: Path) -> Any:
+    """Every metric on this rank's share of the features, or on all; torchmetrics adds up the ranks' states."""
+    features = torch.randn(12, 5, generator=torch.Generator().manual_seed(5)) @ torch.diag(torch.arange(5.0))
+    shares = {None: features, 0: features[:9], 1: features[9:]}
+    found = {}
+    for name, make in METRICS.items():
+        metric = make()
+        for batch in shares[rank].split(4):
+            metric.update(batch)
+        found[name] = float(metric.compute())
+        starved = make(num_features=5)  # one rank sees nothing
+        if rank != 1:
+            starved.update(features)
+        found[f"{name}, one rank without samples"] = float(starved.compute())
+    return found
+
+
+# Weights in pieces
+
+
+class Sharded(Classifier):
+    """``fully_shard`` on every layer and on the whole."""
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        if self.device_mesh is None or hasattr(self.net, "unshard"):
+            return
+        for layer in self.net:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+        fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def sharded_run(callbacks: Sequence[Any]) -> dict[str, Any]:
+    from runs import leaves
+
+    torch.manual_seed(0)
+    module = Sharded(mlp(), lr=0.02)
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    run = trainer(callbacks, devices=2, strategy=strategy)
+    run.fit(module, DataLoader(dataset(), batch_size=4))
+    cut = dict(module.net.state_dict())
+    return {
+        "mine": {name: leaves(tensor.to_local()) for name, tensor in cut.items()},
+        "losses": repr(module.losses),
+        "rng": leaves(torch.get_rng_state()),
+        "state": {name: tensor.full_tensor() for name, tensor in cut.items()},
+        "records": [r.to_dict() for c in callbacks for r in getattr(c, "records", [])],
+        "pieces": {name: tuple(tensor.to_local().shape) for name, tensor in cut.items()},
+    }
+
+
+def fully_sharded(rank: int, directory: Path) -> Any:
+    plain, watched = sharded_run([]), sharded_run(pair(on_error="raise"))
+    return watched | {"differs": [key for key in ("mine", "losses", "rng") if plain[key] != watched[key]]}
+
+
+def refused(rank: int, directory: Path) -> Any:
+    """A separate step cannot be taken on pieces; L2 and a penalty in the loss can."""
+    from lightning_plasticity import L2
+    from lightning_plasticity import EffectiveRank as Penalty
+
+    try:
+        sharded_run([Regularization.l2er()])
+    except ValueError as error:
+        said = str(error)
+    trained = sharded_run([Regularization([Penalty(0.3, mode="loss", every_n_steps=1), L2(1e-2)])])
+    return {"said": said, "losses": trained["losses"], "plain": sharded_run([])["losses"]}
+
+
+DDP = {
+    "map_style": map_style,
+    "stream": stream,
+    "pieces": pieces,
+    "held_out": held_out,
+    "fails on 1": partial(failing, FailsOn),
+    "fails on 0": partial(failing, FailsOnZero),
+    "no_data": no_data,
+    "unsendable": unsendable,
+    "collective": collective,
+    "budget": budget,
+    "stopping": stopping,
+    "labels": labels,
+    "mixin": partial(regularised, "mixin", 3),
+    "callback": partial(regularised, "callback", 3),
+    "unregularised": partial(regularised, "none", 3),
+    "metrics": metrics,
+}
+SHARDED = {"fully_sharded": fully_sharded, "refused": refused}
+ALONE = {"devices": 1, "strategy": "auto"}
+ONE = {
+    "mixin": partial(regularised, "mixin", 6, **ALONE),
+    "callback": partial(regularised, "callback", 6, **ALONE),
+    "unregularised": partial(regularised, "none", 6, **ALONE),
+    "metrics": lambda rank, directory: metrics(None, directory),
+}
