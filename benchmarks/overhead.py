@@ -1,6 +1,6 @@
 """What monitors cost in the steps they do not measure, what a measurement costs, and what L2-ER costs; one core.
 
-Callbacks are compared inside one fit: the Trainer's list of them changes every two epochs, so that all lists see the
+Callbacks are compared inside one fit: the Trainer's list of them changes every epoch, so that all lists see the
 same minutes of the machine, and ratios are taken round by round. CPU time.
 
 Run: python benchmarks/overhead.py > benchmarks/overhead.txt
@@ -9,6 +9,7 @@ Run: python benchmarks/overhead.py > benchmarks/overhead.txt
 from __future__ import annotations
 
 import argparse
+import itertools
 import logging
 import random
 import statistics
@@ -27,7 +28,6 @@ from lightning_plasticity import EveryNEpochs, FeatureRankMonitor, HessianSpectr
 from lightning_plasticity.demo.network import L2ER, Plain
 from lightning_plasticity.streams import RandomLabelDigits
 
-BLOCK = 2  # epochs between two changes of callbacks
 ATTACHED = "tracker and both monitors"
 VARIANTS = ("plain", "three empty callbacks", "tracker", ATTACHED)
 
@@ -43,7 +43,7 @@ class Convolutions(LightningModule):
         super().__init__()
         widths = (3, 32, 32, 64, 64)
         parts: list[nn.Module] = []
-        for index, (before, after) in enumerate(zip(widths, widths[1:], strict=False)):
+        for index, (before, after) in enumerate(itertools.pairwise(widths)):
             parts += [nn.Conv2d(before, after, 3, stride=1 + index % 2, padding=1), nn.ReLU()]
         self.net = nn.Sequential(*parts, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
 
@@ -60,19 +60,17 @@ def images(batches: int = 5) -> DataLoader[Any]:
 
 
 class Switch(Callback):
-    """Times blocks of epochs under one list of callbacks after the other, in an order that changes every round."""
+    """Times epochs under one list of callbacks after the other, in an order that changes every round."""
 
     def __init__(self, lists: dict[str, list[Callback]]) -> None:
         self.lists = lists
         self.seconds: dict[str, list[float]] = {name: [] for name in lists}
         self.left: list[str] = []
-        self.now: str | None = None  # nothing in the first block, with the measurements
+        self.now: str | None = None  # nothing in the first epoch, with the measurements
         self.steps = 0
         self.order = random.Random(0)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if (trainer.current_epoch + 1) % BLOCK:
-            return
         taken, steps = trainer.global_step, trainer.global_step - self.steps
         if self.now is not None:
             self.seconds[self.now].append((time.process_time() - self.started) / steps)
@@ -98,7 +96,7 @@ def trainer(epochs: int, callbacks: list[Callback], reload: int = 0) -> Trainer:
 
 def steps(module: LightningModule, data: Any, rounds: int) -> dict[str, list[float]]:
     """Seconds of a step by variant, one number for each round."""
-    epochs = BLOCK * (1 + len(VARIANTS) * rounds)
+    epochs = 1 + len(VARIANTS) * rounds
     tracker = TaskTracker(EveryNEpochs(10 * epochs))
     monitors = [HessianSpectrumMonitor(probe_samples=150, when="start"), FeatureRankMonitor(when="start")]
     empty = [type(f"Empty{index}", (Empty,), {})() for index in range(3)]
@@ -148,10 +146,10 @@ def main() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     print(f"Medians (95 % interval of the median); torch {torch.__version__}, one thread, CPU time")
-    small = steps(Plain(), RandomLabelDigits(1, BLOCK), 5 if quick else 200)
-    table(f"MLP 64-100-100-100-10, batch 16, {len(small['plain'])} rounds of 50 steps each", small)
-    large = steps(Convolutions(), images(), 2 if quick else 40)
-    table(f"Four convolutions, 32 x 32, batch 32, {len(large['plain'])} rounds of 10 steps each", large)
+    small = steps(Plain(), RandomLabelDigits(1, 1), 5 if quick else 400)
+    table(f"MLP 64-100-100-100-10, batch 16, {len(small['plain'])} rounds of 25 steps each", small)
+    large = steps(Convolutions(), images(), 2 if quick else 80)
+    table(f"Four convolutions, 32 x 32, batch 32, {len(large['plain'])} rounds of 5 steps each", large)
     ratios, boundaries = l2er(30, 1 if quick else 9)
     print(f"L2-ER on the MLP: ratio {interval(ratios)} over {len(ratios)} pairs of runs")
     task = statistics.median(small["plain"]) * 750

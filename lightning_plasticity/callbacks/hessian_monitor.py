@@ -134,11 +134,9 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         self.seed = whole_number("seed", seed, least=0)
         self._spectra: dict[str, dict[int, Spectrum]] = {quantity: {} for quantity in self.quantities}
 
-    @property
-    def state_key(self) -> str:
-        """Two monitors of different quantities or names keep their states apart."""
-        named = {} if self.name is None else {"name": self.name}
-        return self._generate_state_key(quantities=self.quantities, eps=self.eps, mode=self.mode, **named)
+    def identity(self) -> dict[str, Any]:
+        """Two monitors of different quantities keep their states apart."""
+        return {"quantities": self.quantities, "eps": self.eps, "mode": self.mode}
 
     def state_dict(self) -> dict[str, Any]:
         """The records, and the spectra that the figure of all tasks shows."""

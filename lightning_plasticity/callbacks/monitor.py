@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_plasticity.callbacks.arguments import choices, label, whole_number
-from lightning_plasticity.callbacks.live import quiet
+from lightning_plasticity.callbacks.live import FewHooks, quiet
 from lightning_plasticity.callbacks.probe_data import Probe, probe_batches
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
 from lightning_plasticity.curvature import MeasurementError, Spectrum
@@ -51,7 +51,7 @@ class Measurement:
     retry: bool = False
 
 
-class BoundaryMonitor(Callback):
+class BoundaryMonitor(FewHooks):
     """Base of the monitors that measure at task boundaries; a subclass says what, in ``measure``.
 
     Args:
@@ -92,6 +92,16 @@ class BoundaryMonitor(Callback):
         self._probed_task: int | None = None  # whose probe data has been fetched, or could not be
         self._warned: set[str] = set()
         self._resuming = True
+        self._state_key: str | None = None  # while a Trainer runs
+
+    @property
+    def state_key(self) -> str:
+        """Tells monitors of one class apart by what they measure; Lightning asks for it at every hook of every step."""
+        return self._made_state_key() if self._state_key is None else self._state_key
+
+    def identity(self) -> dict[str, Any]:
+        """The settings by which two monitors of the class differ, besides their names."""
+        return {}
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, batches: list[Any], phase: Phase) -> Measurement:
         """Measure on the probe batches; may raise anything."""
@@ -110,9 +120,16 @@ class BoundaryMonitor(Callback):
 
     # ---- Lightning's hooks -----------------------------------------------------------------------------------------
 
+    on_train_batch_end: Any = None  # as in ``FewHooks``
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the Trainer's task tracker, or give it one; an evaluation may load one from a checkpoint."""
         self._tracker = TaskTracker.attach(trainer, self._tracker)
+        self._state_key = self._made_state_key()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Between runs a monitor, or a copy of it, may get another name."""
+        self._state_key = None
 
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
         """Measure the old weights on the new task's data."""
@@ -151,6 +168,10 @@ class BoundaryMonitor(Callback):
         if not self._resuming:
             return
         self.records = [TaskRecord.from_dict(plain) for plain in state_dict["records"]]
+
+    def _made_state_key(self) -> str:
+        named = {} if self.name is None else {"name": self.name}
+        return self._generate_state_key(**self.identity(), **named)
 
     # ---- one measurement -------------------------------------------------------------------------------------------
 
