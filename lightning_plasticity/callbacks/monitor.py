@@ -21,7 +21,7 @@ from lightning_plasticity.callbacks.probe_data import Probe, probe_batches
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
 from lightning_plasticity.curvature import MeasurementError, Spectrum
 from lightning_plasticity.linalg import Estimate
-from lightning_plasticity.loggers import log_directory, log_histogram, log_scalars
+from lightning_plasticity.loggers import log_directory, log_histogram, log_image, log_scalars, pixels_of, takes_images
 from lightning_plasticity.records import TaskRecord, append_record
 
 Phase = Literal["start", "end"]
@@ -115,8 +115,9 @@ class BoundaryMonitor(FewHooks):
         """The key with the monitor's name in it."""
         return key if self.name is None else key.replace("plasticity/", f"plasticity/{self.name}/", 1)
 
-    def log_pictures(self, logger: Any, measurement: Measurement, record: TaskRecord) -> None:
-        """Send what is not a number to a logger; nothing by default."""
+    def figures(self, measurement: Measurement, record: TaskRecord) -> dict[str, Any]:
+        """Matplotlib figures by key, for loggers that show some; none by default."""
+        return {}
 
     # ---- Lightning's hooks -----------------------------------------------------------------------------------------
 
@@ -237,9 +238,15 @@ class BoundaryMonitor(FewHooks):
         if record.phase == "start":
             with self._guarded(trainer, "log to the module"):
                 _reach_callback_metrics(pl_module, record)
-        for logger in trainer.loggers if trainer.is_global_zero else ():
+        loggers = trainer.loggers if trainer.is_global_zero else []
+        images = {}
+        if any(takes_images(logger) for logger in loggers):
+            with self._guarded(trainer, "draw its figures"):
+                drawn = self.figures(measurement, record).items()
+                images = {self.named(key): pixels_of(figure) for key, figure in drawn}
+        for logger in loggers:
             with self._guarded(trainer, f"log to {type(logger).__name__}"):
-                self._log(logger, record, measurement)
+                self._log(logger, record, measurement, images)
 
     @contextmanager
     def _guarded(self, trainer: Trainer, what: str) -> Iterator[None]:
@@ -268,7 +275,7 @@ class BoundaryMonitor(FewHooks):
         append_record(directory, record)
         return record
 
-    def _log(self, logger: Any, record: TaskRecord, measurement: Measurement) -> None:
+    def _log(self, logger: Any, record: TaskRecord, measurement: Measurement, images: Mapping[str, Any]) -> None:
         scalars: dict[str, float] = {"plasticity/task": float(record.task)}
         # An exact spectrum has intervals too, of rounding, at some tasks only: for the record, not for curves.
         spectra = measurement.spectra.items()
@@ -278,10 +285,11 @@ class BoundaryMonitor(FewHooks):
             scalars[tag] = estimate.value
             if not estimate.exact and key.startswith(estimated):
                 scalars |= {f"{tag}_lower": estimate.lower, f"{tag}_upper": estimate.upper}
-        log_scalars([logger], scalars, record.step)
+        log_scalars(logger, scalars, record.step)
         for key, (values, counts) in measurement.histograms.items():
-            log_histogram([logger], _phased(self.named(key), record.phase), values, counts, record.step)
-        self.log_pictures(logger, measurement, record)
+            log_histogram(logger, _phased(self.named(key), record.phase), values, counts, record.step)
+        for key, pixels in images.items():
+            log_image(logger, key, pixels, record.step)
 
     def _announce_start(self, trainer: Trainer, pl_module: LightningModule, task: int, phase: Phase) -> None:
         what = f"{type(self).__name__}: measuring at the {phase} of task {task},"
