@@ -1,36 +1,45 @@
-"""The one room that knows about loggers: what each can take is found by trying what its ``experiment`` offers."""
+"""The one room that knows about loggers: what each can take is asked of it and its ``experiment``, not of its class."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_plasticity._optional import require
 from lightning_plasticity.curvature import Spectrum
 
-HISTOGRAM_BINS = 60
-MAX_LINES = 50  # in a figure; of more tasks some are left out
+BINS_PER_DECADE = 8
 DECADES_BELOW = 8  # of the largest eigenvalue that a histogram or a figure shows
+MAX_LINES = 50  # in a figure; of more tasks some are left out
 
 
-def log_scalars(loggers: Iterable[Any], values: Mapping[str, float], step: int) -> None:
-    """Send finite scalars to every logger."""
+def log_scalars(logger: Any, values: Mapping[str, float], step: int) -> None:
+    """Send finite scalars to a logger; all can take them.
+
+    MLflow's file store cannot hold both ``norm`` and ``norm/net.0``, a file and a directory: MLflow gets ``norm_all``.
+    """
     finite = {key: value for key, value in values.items() if math.isfinite(value)}
+    if _is_mlflow(getattr(logger, "experiment", None)):
+        groups = {key.rpartition("/")[0] for key in values}
+        finite = {f"{key}_all" if key in groups else key: value for key, value in finite.items()}
     if finite:
-        for logger in loggers:
-            logger.log_metrics(finite, step=step)
+        logger.log_metrics(finite, step=step)
 
 
-def log_histogram(loggers: Iterable[Any], key: str, values: Tensor, counts: Tensor, step: int) -> None:
-    """Send a weighted histogram of log10(values) to the loggers that can show one.
+def log_histogram(logger: Any, key: str, values: Tensor, counts: Tensor, step: int) -> None:
+    """Send a weighted histogram of log10(values) to a logger that can show one (TensorBoard, W&B).
+
+    Bins are the same at every step, eight to a decade, so that the histograms of all tasks can be compared.
 
     Args:
-        loggers: of the Trainer.
+        logger: of the Trainer.
         key: tag.
         values: (K,) magnitudes; zeros cannot be shown on a log axis and are left out.
         counts: (K,) how often each occurs.
@@ -40,23 +49,57 @@ def log_histogram(loggers: Iterable[Any], key: str, values: Tensor, counts: Tens
     if not bool(shown.any()):
         return
     logs, weights = values[shown].double().log10(), counts[shown].double()
-    for logger in loggers:
-        experiment = getattr(logger, "experiment", None)
-        if _offers(experiment, "add_histogram_raw"):
-            _tensorboard_histogram(experiment, key, logs, weights, step)
+    experiment: Any = getattr(logger, "experiment", None)
+    if _offers(experiment, "add_histogram_raw"):
+        _tensorboard_histogram(experiment, key, logs, weights, step)
+    elif _is_wandb(experiment):
+        edges, sums = _binned(logs, weights)
+        histogram = require("wandb", "A histogram").Histogram(np_histogram=(sums.tolist(), edges.tolist()))
+        logger.log_metrics({key: histogram}, step=step)
 
 
-def log_figure(loggers: Iterable[Any], key: str, figure: Any, step: int) -> None:
-    """Send a matplotlib figure to the loggers that can show one."""
-    for logger in loggers:
+def log_image(logger: Any, key: str, pixels: np.ndarray[Any, Any], step: int) -> None:
+    """Show a picture, by the first of these that works with the logger.
+
+    - ``experiment.add_image`` (TensorBoard), one for each step;
+    - ``logger.log_image(key, [pixels], step=step)`` (W&B), one for each step;
+    - ``experiment.log_image`` of an MLflow client: the artifact ``<key>.png``, the newest only;
+    - the logger's directory (CSV): ``figures/<key>.png``, the newest only.
+
+    Args:
+        logger: of the Trainer.
+        key: tag.
+        pixels: (height, width, 3) bytes.
+        step: x axis.
+    """
+    experiment: Any = getattr(logger, "experiment", None)
+    if _offers(experiment, "add_image"):
+        experiment.add_image(key, pixels, global_step=step, dataformats="HWC")
+    elif _offers(logger, "log_image"):
+        logger.log_image(key, [pixels], step=step)
+    elif _is_mlflow(experiment):
+        experiment.log_image(logger.run_id, pixels, artifact_file=f"{key}.png")
+    elif (directory := log_directory([logger])) is not None:
+        file = directory / "figures" / f"{key.removeprefix('plasticity/').replace('/', '_')}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        require("matplotlib.image", "A figure").imsave(file, pixels)
+
+
+def takes_images(logger: Any) -> bool:
+    """Whether ``log_image`` does anything, so that no figure is drawn in vain; False where the logger is broken."""
+    with suppress(Exception):
         experiment: Any = getattr(logger, "experiment", None)
-        if _offers(experiment, "add_figure"):
-            experiment.add_figure(key, figure, global_step=step)
+        able = _offers(experiment, "add_image") or _offers(logger, "log_image") or _is_mlflow(experiment)
+        return able or log_directory([logger]) is not None
+    return False
 
 
-def takes_figures(loggers: Iterable[Any]) -> bool:
-    """Whether any logger can show a figure, so that it need not be drawn in vain."""
-    return any(_offers(getattr(logger, "experiment", None), "add_figure") for logger in loggers)
+def pixels_of(figure: Any) -> np.ndarray[Any, Any]:
+    """A matplotlib figure as (height, width, 3) bytes; pyplot and its list of open figures are not touched."""
+    canvas = require("matplotlib.backends.backend_agg", "A figure").FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels: np.ndarray[Any, Any] = np.asarray(canvas.buffer_rgba())[..., :3].copy()
+    return pixels
 
 
 def log_directory(loggers: Sequence[Any]) -> Path | None:
@@ -121,19 +164,33 @@ def _offers(experiment: Any, name: str) -> bool:
     return callable(getattr(type(experiment), name, None))
 
 
+def _is_wandb(experiment: Any) -> bool:
+    return _offers(experiment, "define_metric") and _offers(experiment, "log")
+
+
+def _is_mlflow(experiment: Any) -> bool:
+    return _offers(experiment, "log_batch") and _offers(experiment, "log_image")
+
+
+def _binned(logs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Edges (B + 1,) on the common grid, and the weight in each bin (B,); a bin holds its left edge."""
+    indices = (logs * BINS_PER_DECADE).floor().long()
+    first = int(indices.min())
+    num_bins = int(indices.max()) - first + 1
+    edges = torch.arange(first, first + num_bins + 1, dtype=torch.float64) / BINS_PER_DECADE
+    return edges, torch.zeros(num_bins, dtype=torch.float64).index_add_(0, indices - first, weights)
+
+
 def _tensorboard_histogram(experiment: Any, key: str, logs: Tensor, weights: Tensor, step: int) -> None:
-    low, high = float(logs.min()), float(logs.max())
-    edges = torch.linspace(low, high if high > low else low + 1.0, HISTOGRAM_BINS + 1, dtype=torch.float64)
-    bins = (torch.bucketize(logs, edges, right=True) - 1).clamp(0, HISTOGRAM_BINS - 1)
-    counts = torch.zeros(HISTOGRAM_BINS, dtype=torch.float64).index_add_(0, bins, weights)
+    edges, sums = _binned(logs, weights)
     experiment.add_histogram_raw(
         key,
-        min=low,
-        max=high,
+        min=float(edges[0]),
+        max=float(edges[-1]),
         num=float(weights.sum()),
         sum=float((logs * weights).sum()),
         sum_squares=float((logs**2 * weights).sum()),
         bucket_limits=edges[1:].tolist(),
-        bucket_counts=counts.tolist(),
+        bucket_counts=sums.tolist(),
         global_step=step,
     )

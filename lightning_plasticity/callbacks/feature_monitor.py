@@ -115,11 +115,9 @@ class FeatureRankMonitor(BoundaryMonitor):
         self.mode = mode
         self._layers: list[HiddenLayer] | None = None
 
-    @property
-    def state_key(self) -> str:
-        """Two monitors of different layers or names keep their states apart."""
-        named = {} if self.name is None else {"name": self.name}
-        return self._generate_state_key(layers=self.layers, conv=self.conv, mode=self.mode, **named)
+    def identity(self) -> dict[str, Any]:
+        """Two monitors of different layers keep their states apart."""
+        return {"layers": self.layers, "conv": self.conv, "mode": self.mode}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse unknown layer names before training starts."""

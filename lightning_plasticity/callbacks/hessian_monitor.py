@@ -26,7 +26,7 @@ from lightning_plasticity.curvature.loss.closure import LossFunction
 from lightning_plasticity.curvature.measured import on_few
 from lightning_plasticity.curvature.samples import num_samples
 from lightning_plasticity.linalg import Estimate
-from lightning_plasticity.loggers import log_figure, spectra_figure, takes_figures
+from lightning_plasticity.loggers import spectra_figure
 from lightning_plasticity.nn.undisturbed import MODES, Mode
 from lightning_plasticity.records import TaskRecord
 
@@ -135,11 +135,9 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         self.seed = whole_number("seed", seed, least=0)
         self._spectra: dict[str, dict[int, Spectrum]] = {quantity: {} for quantity in self.quantities}
 
-    @property
-    def state_key(self) -> str:
-        """Two monitors of different quantities or names keep their states apart."""
-        named = {} if self.name is None else {"name": self.name}
-        return self._generate_state_key(quantities=self.quantities, eps=self.eps, mode=self.mode, **named)
+    def identity(self) -> dict[str, Any]:
+        """Two monitors of different quantities keep their states apart."""
+        return {"quantities": self.quantities, "eps": self.eps, "mode": self.mode}
 
     def state_dict(self) -> dict[str, Any]:
         """The records, and the spectra that the figure of all tasks shows."""
@@ -258,16 +256,16 @@ class HessianSpectrumMonitor(BoundaryMonitor):
             numbers["negative_fraction"] = spectrum.negative_fraction()
         return numbers
 
-    def log_pictures(self, logger: Any, measurement: Measurement, record: TaskRecord) -> None:
+    def figures(self, measurement: Measurement, record: TaskRecord) -> dict[str, Any]:
         """The spectra of all tasks so far, in one figure for each quantity."""
+        if record.phase != self.when[0]:
+            return {}
+        drawn = {}
         for quantity, spectrum in measurement.spectra.items():
-            if record.phase != self.when[0]:
-                continue
             self._spectra[quantity][record.task] = spectrum
-            if takes_figures([logger]):
-                title = f"{quantity} spectrum at task {record.phase}, {spectrum.num_samples} samples"
-                figure = spectra_figure(self._spectra[quantity], title)
-                log_figure([logger], self.named(f"plasticity/{quantity}/spectra"), figure, record.step)
+            title = f"{quantity} spectrum at task {record.phase}, {spectrum.num_samples} samples"
+            drawn[f"plasticity/{quantity}/spectra"] = spectra_figure(self._spectra[quantity], title)
+        return drawn
 
 
 def _about(spectrum: Spectrum) -> dict[str, Any]:

@@ -14,12 +14,12 @@ from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_plasticity.callbacks.arguments import choices, label, whole_number
-from lightning_plasticity.callbacks.live import quiet
+from lightning_plasticity.callbacks.live import FewHooks, quiet
 from lightning_plasticity.callbacks.probe_data import FIRST_BATCH, Probe, probe_batches
 from lightning_plasticity.callbacks.processes import (
     describe,
@@ -34,7 +34,7 @@ from lightning_plasticity.callbacks.task_tracker import TaskTracker
 from lightning_plasticity.curvature import MeasurementError, Spectrum
 from lightning_plasticity.curvature.measured import dtype_name
 from lightning_plasticity.linalg import Estimate
-from lightning_plasticity.loggers import log_directory, log_histogram, log_scalars
+from lightning_plasticity.loggers import log_directory, log_histogram, log_image, log_scalars, pixels_of, takes_images
 from lightning_plasticity.nn.batches import is_plain
 from lightning_plasticity.nn.precision import measured_dtype
 from lightning_plasticity.records import TaskRecord, append_record
@@ -66,7 +66,7 @@ class Measurement:
     retry: bool = False
 
 
-class BoundaryMonitor(Callback):
+class BoundaryMonitor(FewHooks):
     """Base of the monitors that measure at task boundaries; a subclass says what, in ``measure``.
 
     Args:
@@ -107,6 +107,16 @@ class BoundaryMonitor(Callback):
         self._probed_task: int | None = None  # whose probe data has been fetched, or could not be
         self._warned: set[str] = set()
         self._resuming = True
+        self._state_key: str | None = None  # while a Trainer runs
+
+    @property
+    def state_key(self) -> str:
+        """Tells monitors of one class apart by what they measure; Lightning asks for it at every hook of every step."""
+        return self._made_state_key() if self._state_key is None else self._state_key
+
+    def identity(self) -> dict[str, Any]:
+        """The settings by which two monitors of the class differ, besides their names."""
+        return {}
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, batches: list[Any], phase: Phase) -> Measurement:
         """Measure on the probe batches; may raise anything."""
@@ -127,16 +137,24 @@ class BoundaryMonitor(Callback):
         """The key with the monitor's name in it."""
         return key if self.name is None else key.replace("plasticity/", f"plasticity/{self.name}/", 1)
 
-    def log_pictures(self, logger: Any, measurement: Measurement, record: TaskRecord) -> None:
-        """Send what is not a number to a logger; nothing by default."""
+    def figures(self, measurement: Measurement, record: TaskRecord) -> dict[str, Any]:
+        """Matplotlib figures by key, for loggers that show some; none by default."""
+        return {}
 
     # ---- Lightning's hooks -----------------------------------------------------------------------------------------
+
+    on_train_batch_end: Any = None  # as in ``FewHooks``
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the Trainer's task tracker, or give it one; an evaluation may load one from a checkpoint."""
         self._tracker = TaskTracker.attach(trainer, self._tracker)
         if stage == "fit":
             refuse_unknown_sharding(trainer, type(self).__name__)
+        self._state_key = self._made_state_key()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Between runs a monitor, or a copy of it, may get another name."""
+        self._state_key = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Bring a checkpoint's first batch to the module's device."""
@@ -194,6 +212,10 @@ class BoundaryMonitor(Callback):
         if "probe" in state_dict:
             self._probed_task, batches = state_dict["probe"]
             self._probe = Probe(list(batches), FIRST_BATCH)
+
+    def _made_state_key(self) -> str:
+        named = {} if self.name is None else {"name": self.name}
+        return self._generate_state_key(**self.identity(), **named)
 
     # ---- one measurement -------------------------------------------------------------------------------------------
 
@@ -279,9 +301,15 @@ class BoundaryMonitor(Callback):
         if record.phase == "start":
             with self._guarded(trainer, "log to the module"):
                 _reach_callback_metrics(pl_module, record, several(trainer))
-        for logger in trainer.loggers if trainer.is_global_zero else ():
+        loggers = trainer.loggers if trainer.is_global_zero else []
+        images = {}
+        if any(takes_images(logger) for logger in loggers):
+            with self._guarded(trainer, "draw its figures"):
+                drawn = self.figures(measurement, record).items()
+                images = {self.named(key): pixels_of(figure) for key, figure in drawn}
+        for logger in loggers:
             with self._guarded(trainer, f"log to {type(logger).__name__}"):
-                self._log(logger, record, measurement)
+                self._log(logger, record, measurement, images)
 
     @contextmanager
     def _guarded(self, trainer: Trainer, what: str) -> Iterator[None]:
@@ -312,7 +340,7 @@ class BoundaryMonitor(Callback):
         append_record(directory, record)
         return record
 
-    def _log(self, logger: Any, record: TaskRecord, measurement: Measurement) -> None:
+    def _log(self, logger: Any, record: TaskRecord, measurement: Measurement, images: Mapping[str, Any]) -> None:
         scalars: dict[str, float] = {"plasticity/task": float(record.task)}
         # An exact spectrum has intervals too, of rounding, at some tasks only: for the record, not for curves.
         spectra = measurement.spectra.items()
@@ -322,10 +350,11 @@ class BoundaryMonitor(Callback):
             scalars[tag] = estimate.value
             if not estimate.exact and key.startswith(estimated):
                 scalars |= {f"{tag}_lower": estimate.lower, f"{tag}_upper": estimate.upper}
-        log_scalars([logger], scalars, record.step)
+        log_scalars(logger, scalars, record.step)
         for key, (values, counts) in measurement.histograms.items():
-            log_histogram([logger], _phased(self.named(key), record.phase), values, counts, record.step)
-        self.log_pictures(logger, measurement, record)
+            log_histogram(logger, _phased(self.named(key), record.phase), values, counts, record.step)
+        for key, pixels in images.items():
+            log_image(logger, key, pixels, record.step)
 
     def _announce_start(self, trainer: Trainer, pl_module: LightningModule, task: int, phase: Phase) -> None:
         what = f"{type(self).__name__}: measuring at the {phase} of task {task},"

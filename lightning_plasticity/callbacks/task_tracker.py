@@ -8,6 +8,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lightning_plasticity.callbacks.live import FewHooks
 from lightning_plasticity.callbacks.processes import exchange, several
 from lightning_plasticity.callbacks.schedules import EveryFit, TaskAttribute, TaskSchedule, find_attribute, plain_label
 
@@ -30,7 +31,7 @@ class _State:
     epoch_offset: int = 0  # epochs - trainer.current_epoch
 
 
-class TaskTracker(Callback):
+class TaskTracker(FewHooks):
     """Finds the boundaries between tasks and calls ``on_task_start`` and ``on_task_end``.
 
     Both hooks have the signature ``(trainer, pl_module, task)`` with the task's index from 0, and are called on every
