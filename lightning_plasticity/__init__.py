@@ -18,7 +18,7 @@ from lightning_plasticity.callbacks import (
 )
 from lightning_plasticity.curvature import Spectrum
 from lightning_plasticity.records import TaskRecord, read_records
-from lightning_plasticity.regularization import L2, EffectiveRank
+from lightning_plasticity.regularization import L2, EffectiveRank, L2Init, SpectralNorm, Wasserstein
 
 __version__ = _version("lightning-plasticity")
 
@@ -31,13 +31,16 @@ __all__ = [
     "FeatureRankMonitor",
     "HessianSpectrumMonitor",
     "L2ERMixin",
+    "L2Init",
     "Regularization",
     "RegularizerMixin",
+    "SpectralNorm",
     "Spectrum",
     "TaskAttribute",
     "TaskRecord",
     "TaskSchedule",
     "TaskTracker",
+    "Wasserstein",
     "__version__",
     "curvature",
     "linalg",

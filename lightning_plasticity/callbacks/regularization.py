@@ -56,6 +56,7 @@ class EngineHooks(Callback):
         self._in_batch = False
         # A checkpoint's minibatches are on the CPU; otherwise there are none yet.
         self._running.load_state_dict(move_data_to_device(self._running.state_dict(), pl_module.device))
+        self._running.hold_initial_weights(pl_module)  # not in ``setup``: a checkpoint's weights are restored only now
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember the minibatch before the step can change it."""
@@ -93,7 +94,7 @@ class EngineHooks(Callback):
             return batches
 
     def state_dict(self) -> dict[str, Any]:
-        """The engine's counters and remembered minibatches."""
+        """The engine's counters, remembered minibatches and initial weights."""
         if self._engine is None:
             return {}
         state = self._engine.state_dict()
@@ -119,8 +120,8 @@ class EngineHooks(Callback):
 class Regularization(EngineHooks):
     """Adds regularisers to any LightningModule without touching its class.
 
-    Used again in a later fit it goes on counting steps if the module is the same, else it starts over; the minibatches
-    of the earlier fit are forgotten in either case.
+    Used again in a later fit it goes on counting steps, with the same initial weights, if the module is the same, else
+    it starts over; the minibatches of the earlier fit are forgotten in either case.
 
     Args:
         regularizers: what to apply, e.g. ``[EffectiveRank(1e-2), L2(1e-4)]``.
@@ -172,11 +173,9 @@ class Regularization(EngineHooks):
         super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if not pl_module.automatic_optimization and any(
-            regularizer.needs_features for regularizer in self.regularizers
-        ):
+        if not pl_module.automatic_optimization and any(regularizer.adds_to_loss for regularizer in self.regularizers):
             raise ValueError(
-                "In manual optimization a callback cannot add to the loss; expected mode='separate', "
+                "In manual optimization a callback cannot add to the loss; use EffectiveRank(mode='separate') or L2, "
                 "or the mixin with self.regularization_loss() in your training_step."
             )
         self._undo = shadow_method(pl_module, "training_step", RegularizedStep(self._running, pl_module))

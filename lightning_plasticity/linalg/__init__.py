@@ -6,6 +6,7 @@ from lightning_plasticity.linalg.feature_matrix import as_feature_matrix
 from lightning_plasticity.linalg.functionals import effective_rank_of, participation_ratio_of, srank_of, stable_rank_of
 from lightning_plasticity.linalg.inertia import count_above
 from lightning_plasticity.linalg.lanczos import LanczosResult, Matvec, lanczos
+from lightning_plasticity.linalg.power_iteration import largest_singular_value
 from lightning_plasticity.linalg.quadrature import LanczosQuadrature, stochastic_lanczos_quadrature
 from lightning_plasticity.linalg.rank_bounds import effective_rank_bounds, extreme_spectra, functional_bounds
 from lightning_plasticity.linalg.ranks import (
@@ -37,6 +38,7 @@ __all__ = [
     "feature_rank",
     "functional_bounds",
     "lanczos",
+    "largest_singular_value",
     "numerical_rank",
     "participation_ratio",
     "participation_ratio_of",

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 class Regularizer:
@@ -15,10 +18,12 @@ class Regularizer:
 
     Attributes:
         layers: names or wildcards of the hidden layers it wants, an int for the last so many, None for all found.
+        params: names or wildcards of the parameters it wants, where it acts on weights; None for all.
         every_n_steps: it acts on every n-th optimizer step.
     """
 
     layers: list[str] | int | None = None
+    params: list[str] | None = None
     every_n_steps: int = 1
 
     def penalty(self, module: nn.Module, features: Mapping[str, Tensor]) -> Tensor | None:
@@ -32,6 +37,14 @@ class Regularizer:
         """A scalar that a separate gradient step on past minibatches increases, or None."""
         return None
 
+    def reference(self, parameter: Tensor) -> Tensor:
+        """What ``drift`` will compare a parameter with; called once, on the detached initial value; the same shape."""
+        return parameter.clone()
+
+    def drift(self, pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor | None:
+        """A scalar to add to the training loss, from pairs of a parameter and its ``reference``; None for nothing."""
+        return None
+
     @property
     def step_size(self) -> float:
         """Learning rate of that separate step."""
@@ -41,6 +54,16 @@ class Regularizer:
     def needs_features(self) -> bool:
         """Whether the penalty is computed from hidden activations."""
         return False
+
+    @property
+    def needs_references(self) -> bool:
+        """Whether it compares the weights with initial ones, which the engine then keeps for it."""
+        return False
+
+    @property
+    def adds_to_loss(self) -> bool:
+        """Whether the training loss gets a penalty from it."""
+        return self.needs_features or self.needs_references or type(self).penalty is not Regularizer.penalty
 
     @property
     def takes_steps(self) -> bool:
@@ -60,6 +83,51 @@ def check_strength(name: str, value: Any) -> float:
     if not 0 <= value < float("inf"):
         raise ValueError(f"{name}={value!r}, expected a finite number >= 0; 0 switches it off.")
     return float(value)
+
+
+def check_params(params: Any) -> list[str] | None:
+    """A choice of parameters by name or wildcard.
+
+    Raises:
+        TypeError: for what is not a list of names.
+        ValueError: for an empty list.
+    """
+    if params is None:
+        return None
+    if not isinstance(params, list | tuple) or not all(isinstance(name, str) for name in params):
+        raise TypeError(f"params={params!r}, expected a list of names or wildcards, e.g. ['net.*'], or None for all.")
+    if not params:
+        raise ValueError("params is empty; name some, e.g. ['net.*'], or pass None for all parameters.")
+    return list(params)
+
+
+def chosen_parameters(module: nn.Module, params: Sequence[str] | None) -> Iterator[tuple[str, nn.Parameter]]:
+    """Trainable parameters that exist by now, by name, each once; of a compiled module under its own names."""
+    for name, parameter in module.named_parameters():
+        name = name.replace("_orig_mod.", "")
+        if parameter.requires_grad and not is_lazy(parameter) and (params is None or _matches(name, params)):
+            yield name, parameter
+
+
+def check_names(module: nn.Module, params: Sequence[str] | None) -> None:
+    """Refuse names and wildcards of parameters that match none.
+
+    Raises:
+        ValueError: naming the parameters that exist.
+    """
+    names = [name.replace("_orig_mod.", "") for name, _ in module.named_parameters()]
+    unknown = [pattern for pattern in params or () if not any(fnmatchcase(name, pattern) for name in names)]
+    if unknown:
+        raise ValueError(f"params={unknown} match no parameter; those that exist: {', '.join(names)}.")
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def in_full_precision(tensor: Tensor) -> Tensor:
+    """At least float32."""
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 def check_every(value: Any) -> int:

@@ -65,6 +65,11 @@ class EffectiveRank(Regularizer):
         return self.mode == "loss" and self.strength > 0
 
     @property
+    def adds_to_loss(self) -> bool:
+        """In loss mode, unless switched off."""
+        return self.needs_features
+
+    @property
     def takes_steps(self) -> bool:
         """In the paper's mode, unless switched off."""
         return self.mode == "separate" and self.strength > 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from lightning_plasticity.nn import FeatureTaps, HiddenLayer, find_hidden_layers, named_layers, undisturbed
 from lightning_plasticity.nn.batches import clone_batch, is_plain, join_batches
-from lightning_plasticity.regularization.base import Regularizer
+from lightning_plasticity.regularization.base import Regularizer, check_names
+from lightning_plasticity.regularization.initial_weights import InitialWeights
 
 Run = Callable[[Any], object]
 Reduce = Callable[[Tensor], Tensor]
@@ -30,6 +31,10 @@ class RegularizationEngine:
     Args:
         regularizers: what to apply.
 
+    Attributes:
+        num_steps: optimizer steps so far.
+        initial_weights: what ``L2Init`` and ``Wasserstein`` compare with; ``clear()`` lets them start over.
+
     Raises:
         TypeError: for something that is not a ``Regularizer``.
     """
@@ -40,6 +45,7 @@ class RegularizationEngine:
         self._window: list[tuple[int, Any]] = []  # (optimizer steps taken before it was seen, minibatch)
         self._layers: dict[int, list[HiddenLayer]] = {}  # by position in ``regularizers``
         self._taps: FeatureTaps | None = None
+        self.initial_weights = InitialWeights()
         self._warned: set[str] = set()
 
     # ---- loss penalties --------------------------------------------------------------------------------------------
@@ -66,15 +72,40 @@ class RegularizationEngine:
                 self._taps = None
 
     def penalty(self, module: nn.Module) -> Tensor | None:
-        """Sum of the penalties that are due, inside ``tapped``; None when there are none."""
+        """Sum of the penalties that are due, inside ``tapped``; None when there are none.
+
+        Raises:
+            ValueError: for a parameter whose shape is not that of its initial value.
+        """
         total: Tensor | None = None
-        for regularizer in self._due():
-            layers = self._layers.get(self.regularizers.index(regularizer), [])
-            features = {} if self._taps is None else arranged(self._taps, layers)
-            own = regularizer.penalty(module, features)
-            if own is not None:
-                total = own if total is None else total + own
+        due = [regularizer for regularizer in self._due() if regularizer.adds_to_loss]
+        with _no_autocast(module) if due else nullcontext():
+            for regularizer in due:
+                own = self._penalty_of(regularizer, module)
+                if own is not None:
+                    total = own if total is None else total + own
         return total
+
+    def _penalty_of(self, regularizer: Regularizer, module: nn.Module) -> Tensor | None:
+        if regularizer.needs_references:
+            return regularizer.drift(self.initial_weights.pairs(regularizer, self._key(regularizer), module))
+        layers = self._layers.get(self.regularizers.index(regularizer), [])
+        return regularizer.penalty(module, {} if self._taps is None else arranged(self._taps, layers))
+
+    def hold_initial_weights(self, module: nn.Module) -> None:
+        """Take the present weights as the initial ones, where none are held yet.
+
+        Raises:
+            ValueError: for a parameter whose shape is not that of its initial value.
+        """
+        for regularizer in self.regularizers:
+            if regularizer.needs_references:
+                self.initial_weights.pairs(regularizer, self._key(regularizer), module)
+
+    def _key(self, regularizer: Regularizer) -> str:
+        """The same for the regulariser that takes this one's place in the next fit."""
+        alike = [other for other in self.regularizers if type(other) is type(regularizer)]
+        return f"{type(regularizer).__name__}.{next(i for i, other in enumerate(alike) if other is regularizer)}"
 
     # ---- around the optimizer's step -------------------------------------------------------------------------------
 
@@ -176,11 +207,12 @@ class RegularizationEngine:
     def begin_fit(self, module: nn.Module, regularizers: Sequence[Regularizer]) -> None:
         """Go on with the count of steps; the regularisers may be others now, and the layers are found anew.
 
-        The minibatches of an earlier fit are forgotten: they may be another task's, or of another shape.
+        The minibatches of an earlier fit are forgotten: they may be another task's, or of another shape. The initial
+        weights stay.
 
         Raises:
             TypeError: for something that is not a ``Regularizer``.
-            ValueError: for unknown layer names; it names those that exist.
+            ValueError: for unknown names of layers or parameters; it names those that exist.
         """
         self.regularizers = _checked(regularizers)
         self._window = []
@@ -188,6 +220,7 @@ class RegularizationEngine:
         for regularizer in self.regularizers:
             if isinstance(regularizer.layers, list):
                 named_layers(module, regularizer.layers)
+            check_names(module, regularizer.params)
 
     def _due(self) -> list[Regularizer]:
         return [r for r in self.regularizers if self.num_steps % r.every_n_steps == 0]
@@ -213,7 +246,7 @@ class RegularizationEngine:
             warnings.warn(f"Regularisation: {what}", stacklevel=2)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and remembered minibatches, for an exact resume."""
+        """Counters, remembered minibatches and initial weights, for an exact resume."""
         window = list(self._window)
         if not is_plain(window):
             window = []
@@ -222,12 +255,13 @@ class RegularizationEngine:
                 f"(here: {type(self._window[-1][1]).__name__}); a run resumed from it starts with no minibatches "
                 "remembered for the next separate step."
             )
-        return {"num_steps": self.num_steps, "window": window}
+        return {"num_steps": self.num_steps, "window": window, "initial_weights": self.initial_weights.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state_dict`` left off."""
         self.num_steps = int(state["num_steps"])
         self._window = list(state["window"])
+        self.initial_weights.load_state_dict(state.get("initial_weights", {}))
 
 
 def _checked(regularizers: Sequence[Regularizer]) -> list[Regularizer]:
@@ -238,6 +272,12 @@ def _checked(regularizers: Sequence[Regularizer]) -> list[Regularizer]:
                 "expected instances such as EffectiveRank(1e-2) or L2(1e-4)."
             )
     return list(regularizers)
+
+
+def _no_autocast(module: nn.Module) -> torch.autocast:
+    """Penalties are computed in float32 under mixed precision."""
+    device = next((parameter.device.type for parameter in module.parameters()), "cpu")
+    return torch.autocast(device, enabled=False)
 
 
 def arranged(taps: FeatureTaps, layers: Sequence[HiddenLayer]) -> dict[str, Tensor]:

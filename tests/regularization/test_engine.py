@@ -93,7 +93,7 @@ def test_no_minibatch_is_kept_longer_than_needed_or_without_need() -> None:
     assert kept == [1, 2, 1, 1, 2, 0]
     idle = RegularizationEngine([L2(0.1), EffectiveRank(0.1, mode="loss"), EffectiveRank(0.0)])
     steps(idle, net, 3)
-    assert idle.state_dict() == {"num_steps": 3, "window": []}
+    assert idle.state_dict() == {"num_steps": 3, "window": [], "initial_weights": {}}
 
 
 def test_a_state_taken_inside_a_window_goes_on_with_it() -> None:
