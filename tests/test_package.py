@@ -18,6 +18,8 @@ PACKAGE_DIR = ROOT / "lightning_plasticity"
 
 # The public API. Adding a name here is a decision, and a line in the changelog.
 PUBLIC = {
+    "CReLU",
+    "ContinualBackprop",
     "EffectiveRank",
     "EveryFit",
     "EveryNEpochs",
@@ -26,8 +28,11 @@ PUBLIC = {
     "HessianSpectrumMonitor",
     "L2",
     "L2ERMixin",
+    "LayerReset",
+    "ReDo",
     "Regularization",
     "RegularizerMixin",
+    "ShrinkAndPerturb",
     "Spectrum",
     "TaskAttribute",
     "TaskRecord",
@@ -35,6 +40,7 @@ PUBLIC = {
     "TaskTracker",
     "__version__",
     "curvature",
+    "insert_layer_norm",
     "linalg",
     "metrics",
     "read_records",

@@ -32,6 +32,7 @@ class ActivationMeans:
         self.recording = True
         self._keep = keep
         self._sums: Totals = {}  # see ``take``
+        self._before: Totals | None = None  # the sums when the present batch began
         self._kept: dict[Key, list[Tensor]] = {}
         modules = dict(module.named_modules())
         by_reader: dict[str, list[tuple[Key, Link, int]]] = {}
@@ -42,6 +43,14 @@ class ActivationMeans:
             modules[name].register_forward_pre_hook(self._hook(modules[name], wanted), with_kwargs=True)
             for name, wanted in by_reader.items()
         ]
+
+    def begin(self) -> None:
+        """Record from here; until ``pause`` the state to save is that of now, for a cut batch is run again."""
+        self.recording, self._before = True, dict(self._sums)
+
+    def pause(self) -> None:
+        """Do not record until ``begin``."""
+        self.recording, self._before = False, None
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -83,7 +92,8 @@ class ActivationMeans:
 
     def state_dict(self) -> dict[str, Any]:
         """Sums of a step that is not complete."""
-        return {"sums": [[*key, total.clone()] for key, total in self._sums.items()]}
+        sums = self._sums if self._before is None else self._before
+        return {"sums": [[*key, total.clone()] for key, total in sums.items()]}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
         """Go on where ``state_dict`` left off."""

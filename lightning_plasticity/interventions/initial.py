@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from lightning_plasticity.nn import preserve_rng
 from lightning_plasticity.nn.wiring import row_dim
 
 Init = Literal["default", "kaiming"]
+INITS = ("default", "kaiming")
 _PLAIN = (nn.Linear.reset_parameters, nn.modules.conv._ConvNd.reset_parameters)
 
 
@@ -54,11 +56,11 @@ def reset_parameters(module: nn.Module, generator: Generator) -> None:
     seed = int(torch.randint(2**62, (), generator=generator))
     with preserve_rng(), torch.no_grad():
         torch.manual_seed(seed)
-        resetter(module)()  # type: ignore[misc]
+        draw = resetter(module)
+        assert draw is not None, "only modules with reset_parameters come here"
+        draw()
 
 
-def resetter(module: nn.Module) -> object:
+def resetter(module: nn.Module) -> Callable[[], object] | None:
     """The method that draws a module's own parameters anew; None where it has none."""
     return getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
-
-

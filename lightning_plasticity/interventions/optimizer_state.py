@@ -2,8 +2,8 @@
 
 Adam counts steps once for a whole parameter, so an element whose moments were zeroed at step s is corrected for a bias
 that it does not have: its first steps are up to (1 - beta1) / sqrt(1 - beta2) = 3.2 times too long. ``StepCounts``
-remembers s for the rows and columns that were reset and, right after each ``optimizer.step()``, replaces the update that
-those elements got by the one with a step count of their own.
+remembers s for the rows and columns that were reset and, right after each ``optimizer.step()``, replaces the update
+that those elements got by the one with a step count of their own.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ class ReDoEngine:
     """ReDo for a training loop of one's own; call ``step`` after each optimizer step.
 
     Source: Sokar et al. 2023 (arXiv 2302.12902, algorithm 1). A unit is tau-dormant when its mean |h|, relative to the
-    mean over its layer, is at most tau. It gets new incoming weights, bias 0 and outgoing weights 0. Means are taken over
-    the last minibatches as training saw them, at least ``samples`` samples where there are so many.
+    mean over its layer, is at most tau. It gets new incoming weights, bias 0 and outgoing weights 0. Means are taken
+    over the last minibatches as training saw them, at least ``samples`` samples where there are so many.
 
     Args:
         module: the network.
@@ -80,7 +80,7 @@ class ReDoEngine:
         return self.recycle(reduce)
 
     def recycle(self, reduce: Reduce | None = None) -> dict[str, Tensor]:
-        """Re-draw the units that are dormant on the minibatches remembered; the statistics start anew if there were any.
+        """Re-draw the units that are dormant on the minibatches remembered; if there were any, statistics start anew.
 
         Arguments and result as in ``step``.
         """

@@ -126,7 +126,9 @@ def told_wiring(module: nn.Module, following: Mapping[str, Sequence[str]]) -> Wi
 
 def _checked(modules: Mapping[str, nn.Module], name: str, types: tuple[type[nn.Module], ...]) -> nn.Module:
     if name not in modules:
-        known = ", ".join(key for key, child in modules.items() if isinstance(child, (nn.Linear, *CONVOLUTIONS, *NORMS)))
+        known = ", ".join(
+            key for key, child in modules.items() if isinstance(child, (nn.Linear, *CONVOLUTIONS, *NORMS))
+        )
         raise ValueError(f"wiring: {name!r} is no module. Layers and norms that exist: {known or 'none'}.")
     if not isinstance(modules[name], types):
         raise ValueError(

@@ -15,37 +15,44 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lightning_plasticity.nn.wiring import CONVOLUTIONS, NORMS, HiddenUnits, Link, Wiring, row_dim, unit_count
+from lightning_plasticity.nn.wiring import CONVOLUTIONS, NORMS, HiddenUnits, Link, Wiring, unit_count
 
-_SAME = frozenset(
-    "relu relu6 gelu elu selu celu silu mish tanh sigmoid hardtanh hardswish hardsigmoid hardshrink softshrink tanhshrink "
-    "leaky_relu rrelu threshold softplus softsign logsigmoid clamp clamp_min clamp_max clip abs neg sign exp square sqrt "
-    "sin cos dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout detach clone "
-    "contiguous to type float double half bfloat16 cpu cuda data requires_grad gt ge lt le eq ne isfinite nan_to_num "
-    "local_response_norm positive".split()
-)  # value by value, so a unit stays where it is
-_NORMS = frozenset(["batch_norm", "instance_norm", "layer_norm", "group_norm", "rms_norm"])
-_MOVES = frozenset(
-    "flatten unflatten reshape view reshape_as view_as permute transpose swapaxes swapdims movedim moveaxis squeeze "
-    "unsqueeze expand expand_as repeat tile chunk split unbind narrow select getitem gather index_select flip roll t T mT "
-    "pixel_shuffle pixel_unshuffle cat concat concatenate stack hstack vstack".split()
-)  # applied to the labels as well
-_POOLS = frozenset(
-    [f"{prefix}{kind}_pool{d}d" for prefix in ("", "adaptive_") for kind in ("max", "avg") for d in (1, 2, 3)]
-    + [f"{prefix}max_pool{d}d_with_indices" for prefix in ("", "adaptive_") for d in (1, 2, 3)]
-    + [f"lp_pool{d}d" for d in (1, 2, 3)]
-    + ["interpolate", "upsample", "pad"]
-)  # mix positions, not channels
-_REDUCTIONS = frozenset(["mean", "sum", "amax", "amin"])
-_SUMS = frozenset(["add", "sub", "radd", "rsub", "iadd", "isub", "subtract"])
-_PRODUCTS = frozenset(["mul", "rmul", "imul", "multiply", "div", "truediv", "itruediv", "divide", "pow"])
-_FRESH = frozenset(
-    "zeros_like ones_like rand_like randn_like randint_like empty_like full_like new_zeros new_ones new_full new_empty "
-    "new_tensor".split()
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Names of functions, with underscores at their ends taken off. Value by value, so a unit stays where it is:
+_SAME = _words(
+    "relu relu6 gelu elu selu celu silu mish tanh sigmoid hardtanh hardswish hardsigmoid hardshrink softshrink "
+    "tanhshrink leaky_relu rrelu prelu threshold softplus softsign logsigmoid clamp clamp_min clamp_max clip abs neg "
+    "sign exp square sqrt sin cos dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout "
+    "detach clone contiguous to type float double half bfloat16 cpu cuda data requires_grad gt ge lt le eq ne isfinite "
+    "nan_to_num local_response_norm positive"
 )
-_WEIGHTS = frozenset(
-    ["linear", *(f"conv{d}d" for d in (1, 2, 3)), *(f"conv_transpose{d}d" for d in (1, 2, 3))]
-)  # functions that a Linear or a convolution calls
+# Applied to the labels as well:
+_MOVES = _words(
+    "flatten unflatten reshape view reshape_as view_as permute transpose swapaxes swapdims movedim moveaxis squeeze "
+    "unsqueeze expand expand_as repeat tile chunk split unbind narrow select getitem gather index_select flip roll t T "
+    "mT pixel_shuffle pixel_unshuffle cat concat concatenate stack hstack vstack"
+)
+# Mix positions, not channels:
+_POOLS = _words(
+    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d lp_pool3d interpolate "
+    "max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d "
+    "adaptive_max_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d upsample pad"
+)
+_NORMS = _words("batch_norm instance_norm layer_norm group_norm rms_norm")
+_REDUCTIONS = _words("mean sum amax amin")
+_SUMS = _words("add sub radd rsub iadd isub subtract")
+_PRODUCTS = _words("mul rmul imul multiply div truediv itruediv divide pow")
+# Only ask for the shape of an activation:
+_FRESH = _words(
+    "zeros_like ones_like rand_like randn_like randint_like empty_like full_like new_zeros new_ones new_full new_empty "
+    "new_tensor"
+)
+# What a Linear or a convolution calls:
+_WEIGHTS = _words("linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d")
 
 
 @dataclass(frozen=True)
@@ -149,7 +156,7 @@ class _Tracer(TorchFunctionMode):
         own: Tensor,
     ) -> list[Tensor | None] | None:
         """Labels of the outputs of a function of one activation (or of a list of them, to be joined)."""
-        if name in _SAME or name == "prelu":
+        if name in _SAME:
             return [own if output.shape == own.shape else None for output in outputs]
         if name in _NORMS:
             self._norm_call(name, args, kwargs, own)
@@ -190,7 +197,9 @@ class _Tracer(TorchFunctionMode):
     ) -> list[Tensor | None]:
         """Labels of a sum or a product; where units meet others they cannot be told apart any more."""
         tensors = list(_tensors((args, kwargs)))
-        known = [own.labels for t in tensors if (own := self.followed.get(id(t))) is not None and own.labels is not None]
+        known = [
+            own.labels for t in tensors if (own := self.followed.get(id(t))) is not None and own.labels is not None
+        ]
         others = [t for t in tensors if id(t) not in self.followed and t.numel() > 1]
         word = "added to" if name in _SUMS else "multiplied with"
         layers = {layer: None for labels in known for layer in self._layers(labels)}
@@ -205,8 +214,10 @@ class _Tracer(TorchFunctionMode):
             return [None]
         foreign = [t for t in others if name in _SUMS or t.requires_grad]
         if foreign:
-            what = "a learned tensor" if isinstance(foreign[0], nn.Parameter) else "a tensor that is not a hidden unit's"
-            mixed |= {layer: f"its units are {word} {what}" for layer in layers}
+            what = (
+                "a learned tensor" if isinstance(foreign[0], nn.Parameter) else "a tensor that is not a hidden unit's"
+            )
+            mixed |= dict.fromkeys(layers, f"its units are {word} {what}")
             return [None]
         return [wide[0]] if wide else [None]
 
@@ -229,8 +240,12 @@ class _Tracer(TorchFunctionMode):
         spatial = weight.ndim - 2
         self._read(name, layer, source, -1 - spatial)
         numbers = torch.arange(unit_count(layer), device=output.device) + self.bases[name]
-        self._note(output, _Followed(numbers.reshape(-1, *[1] * spatial).expand(output.shape)
-                                     if spatial else numbers.expand(output.shape)))
+        self._note(
+            output,
+            _Followed(
+                numbers.reshape(-1, *[1] * spatial).expand(output.shape) if spatial else numbers.expand(output.shape)
+            ),
+        )
         if output.grad_fn is not None:
             self.keep.append(output.grad_fn)
             self.nodes[id(output.grad_fn)] = name
