@@ -42,15 +42,13 @@ class Intervention(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Share the Trainer's task tracker; refuse strategies that split weights over processes."""
-        if stage != "fit":
-            return
+        self._tracker = TaskTracker.attach(trainer, self._tracker)
         strategy = type(trainer.strategy).__name__
-        if strategy in SHARDED:
+        if stage == "fit" and strategy in SHARDED:
             raise ValueError(
                 f"{type(self).__name__} changes single units and needs whole weights on every process, got {strategy}; "
                 "use DDP or a single device."
             )
-        self._tracker = TaskTracker.attach(trainer)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Only a fit resumes; an evaluation from a checkpoint must not turn the state back."""
@@ -63,9 +61,6 @@ class Intervention(Callback):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_tracker": None}
 
     def log_counts(self, trainer: Trainer, quantity: str, counts: Mapping[str, float]) -> None:
         """Log a total, and the part of each layer."""
@@ -169,7 +164,7 @@ class UnitIntervention(Intervention):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.state_dict()
-        return {**super().__getstate__(), "_engine": None, "_module": None, "_saved": state["engine"]}
+        return {**self.__dict__, "_engine": None, "_module": None, "_saved": state["engine"]}
 
     def _start(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         if self._module is not None and self._module() is not pl_module:

@@ -34,7 +34,7 @@ class SeededIntervention(Intervention):
         self._generator.set_state(state["generator"].cpu())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_generator": self._generator.get_state()}
+        return {**self.__dict__, "_generator": self._generator.get_state()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         generator = torch.Generator()

@@ -59,7 +59,7 @@ class ActivationMeans:
         self._handles.clear()
 
     def _hook(self, reader: nn.Module, wanted: list[tuple[Key, Link, int]]) -> Callable[..., None]:
-        spatial = 0 if isinstance(reader, nn.Linear) else reader.weight.ndim - 2  # type: ignore[union-attr,operator]
+        spatial = len(getattr(reader, "kernel_size", ()))
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self.recording or is_measuring() or not torch.is_grad_enabled():
@@ -116,7 +116,7 @@ def joined(totals: Totals, wiring: Wiring, reduce: Reduce | None = None) -> Tota
         filled = [
             totals.get(key, torch.zeros(4, width, dtype=torch.float64, device=device)) for key, width in widths.items()
         ]
-        parts = reduce(torch.cat(filled, 1)).split(list(widths.values()), 1)
+        parts = torch.split(reduce(torch.cat(filled, 1)), list(widths.values()), 1)
         totals = dict(zip(widths, parts, strict=True))
     return totals if all(key in totals and bool((totals[key][2] > 0).all()) for key in widths) else None
 

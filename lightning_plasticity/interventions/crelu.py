@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lightning_plasticity.nn.wiring import CONVOLUTIONS, NORMS, unit_count
+from lightning_plasticity.nn.wiring import CONVOLUTIONS, NORMS, entry_count, unit_count
 
 
 class CReLU(nn.Module):
@@ -70,9 +70,9 @@ def use_crelu(network: nn.Sequential, keep: Literal["parameters", "units"] = "pa
     weights = [index for index, child in enumerate(children) if isinstance(child, (nn.Linear, *CONVOLUTIONS))]
     plan = []
     for relu in relus:
-        before, after = [i for i in weights if i < relu], [i for i in weights if i > relu]
-        if before and after:
-            plan.append((before[-1], relu, after[0]))
+        sides = [i for i in weights if i < relu][-1:] + [i for i in weights if i > relu][:1]
+        if len(sides) == 2:
+            plan.append((sides[0], relu, sides[1]))
     if not plan:
         raise ValueError(
             "use_crelu: expected a flat Sequential with a ReLU between two Linear or convolution layers, got "
@@ -93,8 +93,7 @@ def use_crelu(network: nn.Sequential, keep: Literal["parameters", "units"] = "pa
                     children[index] = _resized_norm(children[index], half)
         else:
             following = children[after]
-            width = following.in_features if isinstance(following, nn.Linear) else following.in_channels
-            children[after] = _resized(following, inputs=2 * int(width))  # type: ignore[arg-type]
+            children[after] = _resized(following, inputs=2 * entry_count(following))
             for index in range(relu + 1, after):
                 if isinstance(children[index], NORMS):
                     children[index] = _resized_norm(children[index], 2 * unit_count(layer))

@@ -62,12 +62,12 @@ class UnitResets:
     def weight(self, name: str) -> Tensor:
         """A layer's weight, units first: (D, ...)."""
         layer = self._modules[name]
-        return layer.weight.detach().movedim(row_dim(layer), 0)  # type: ignore[operator]
+        return _weight(layer).detach().movedim(row_dim(layer), 0)
 
     def outgoing(self, link: Link) -> Tensor:
         """Weights by which a reader reads the entries of a link: (K, outputs and positions)."""
         layer = self._modules[link.module]
-        weight = layer.weight.detach().movedim(1 - row_dim(layer), 0)  # type: ignore[operator]
+        weight = _weight(layer).detach().movedim(1 - row_dim(layer), 0)
         return weight[link.entries.to(weight.device)].flatten(1)
 
     @torch.no_grad()
@@ -85,7 +85,7 @@ class UnitResets:
         """
         hidden = self.wiring.layers[layer]
         target = self._modules[layer]
-        weight: Tensor = target.weight  # type: ignore[assignment]
+        weight = _weight(target)
         units = units.to(weight.device)
         if means is not None:
             for link, mean in zip(hidden.readers, means, strict=True):
@@ -110,7 +110,7 @@ class UnitResets:
         owner = torch.zeros(len(mean), dtype=torch.bool, device=units.device)
         owner[units] = True
         mine = owner[link.units.to(units.device)]
-        weight = reader.weight.movedim(1 - row_dim(reader), 0)[entries]  # type: ignore[operator]
+        weight = _weight(reader).movedim(1 - row_dim(reader), 0)[entries]
         per_output = weight.flatten(2).sum(2) if weight.ndim > 2 else weight  # (entries, outputs)
         bias += per_output.T @ mean.to(weight)[link.units.to(units.device)[mine]]
 
@@ -147,6 +147,12 @@ class UnitResets:
         if self.steps is not None:
             self.steps.load_state_dict(state["steps"])
             self.steps.attach(self.optimizers)
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
 
 
 def _owned(link: Link, units: Tensor) -> Tensor:

@@ -113,7 +113,8 @@ def told_wiring(module: nn.Module, following: Mapping[str, Sequence[str]]) -> Wi
             raise ValueError(f"wiring[{name!r}]={followers!r} is one string, expected a list of names.")
         layer = _checked(modules, name, (nn.Linear, *CONVOLUTIONS))
         num_units = unit_count(layer)
-        readers, norms = [], []
+        readers: list[Link] = []
+        norms: list[Link] = []
         for follower in followers:
             target = _checked(modules, follower, (nn.Linear, *CONVOLUTIONS, *NORMS))
             (norms if isinstance(target, NORMS) else readers).append(_blocks(name, num_units, follower, target))

@@ -7,7 +7,7 @@ then knows which column belongs to which unit. What cannot be followed is named 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,44 +15,21 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_plasticity.nn.unit_labels import (
+    FRESH,
+    MOVES,
+    NORM_CALLS,
+    POOLS,
+    PRODUCTS,
+    REDUCTIONS,
+    SAME,
+    SUMS,
+    WEIGHT_CALLS,
+    by_channel,
+    moved,
+    nested_tensors,
+)
 from lightning_plasticity.nn.wiring import CONVOLUTIONS, NORMS, HiddenUnits, Link, Wiring, unit_count
-
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# Names of functions, with underscores at their ends taken off. Value by value, so a unit stays where it is:
-_SAME = _words(
-    "relu relu6 gelu elu selu celu silu mish tanh sigmoid hardtanh hardswish hardsigmoid hardshrink softshrink "
-    "tanhshrink leaky_relu rrelu prelu threshold softplus softsign logsigmoid clamp clamp_min clamp_max clip abs neg "
-    "sign exp square sqrt sin cos dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout feature_alpha_dropout "
-    "detach clone contiguous to type float double half bfloat16 cpu cuda data requires_grad gt ge lt le eq ne isfinite "
-    "nan_to_num local_response_norm positive"
-)
-# Applied to the labels as well:
-_MOVES = _words(
-    "flatten unflatten reshape view reshape_as view_as permute transpose swapaxes swapdims movedim moveaxis squeeze "
-    "unsqueeze expand expand_as repeat tile chunk split unbind narrow select getitem gather index_select flip roll t T "
-    "mT pixel_shuffle pixel_unshuffle cat concat concatenate stack hstack vstack"
-)
-# Mix positions, not channels:
-_POOLS = _words(
-    "max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d lp_pool1d lp_pool2d lp_pool3d interpolate "
-    "max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d "
-    "adaptive_max_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d upsample pad"
-)
-_NORMS = _words("batch_norm instance_norm layer_norm group_norm rms_norm")
-_REDUCTIONS = _words("mean sum amax amin")
-_SUMS = _words("add sub radd rsub iadd isub subtract")
-_PRODUCTS = _words("mul rmul imul multiply div truediv itruediv divide pow")
-# Only ask for the shape of an activation:
-_FRESH = _words(
-    "zeros_like ones_like rand_like randn_like randint_like empty_like full_like new_zeros new_ones new_full new_empty "
-    "new_tensor"
-)
-# What a Linear or a convolution calls:
-_WEIGHTS = _words("linear conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d")
 
 
 @dataclass(frozen=True)
@@ -103,11 +80,11 @@ class _Tracer(TorchFunctionMode):
         if name == "__get__":
             name = getattr(func.__self__, "__name__", "")
         name = name.strip("_")
-        if name in _WEIGHTS and self._weight_call(name, args, kwargs, result):
+        if name in WEIGHT_CALLS and self._weight_call(name, args, kwargs, result):
             return result
-        sources = [self.followed[id(t)] for t in _tensors((args, kwargs)) if id(t) in self.followed]
-        if sources and name not in _FRESH:
-            outputs = list(_tensors(result))
+        sources = [self.followed[id(t)] for t in nested_tensors((args, kwargs)) if id(t) in self.followed]
+        if sources and name not in FRESH:
+            outputs = list(nested_tensors(result))
             if name in ("setitem", "copy"):
                 outputs = [args[0]]
             if outputs:
@@ -128,80 +105,37 @@ class _Tracer(TorchFunctionMode):
         sources: list[_Followed],
     ) -> None:
         mixed = {layer: why for source in sources for layer, why in source.mixed.items()}
-        first = next((t for t in _tensors((args, kwargs)) if id(t) in self.followed), None)
+        first = next((t for t in nested_tensors((args, kwargs)) if id(t) in self.followed), None)
         labels: list[Tensor | None] | None = None
-        if name in _SUMS or name in _PRODUCTS:
+        if name in SUMS or name in PRODUCTS:
             labels = self._combined(name, args, kwargs, outputs[0], mixed)
         elif first is not None and (own := self.followed[id(first)].labels) is not None:
-            labels = self._moved(func, name, args, kwargs, outputs, first, own)
-        elif name in _MOVES | _SAME | _POOLS | _NORMS | _REDUCTIONS:
+            if name in NORM_CALLS:
+                self._norm_call(name, args, kwargs, own)
+            labels = moved(func, name, args, kwargs, outputs, own, self._labels)
+        elif name in MOVES | SAME | POOLS | NORM_CALLS | REDUCTIONS:
             labels = [None] * len(outputs)  # nothing but mixed units came in
         if labels is None:
             why = f"its activations pass through {name}(), which cannot be followed"
             mixed |= {layer: why for source in sources for layer in self._layers(source.labels)}
             labels = [None] * len(outputs)
-            if any(isinstance(t, nn.Parameter) for t in _tensors((args, kwargs))):
+            if any(isinstance(t, nn.Parameter) for t in nested_tensors((args, kwargs))):
                 self._refuse(mixed)
         for output, own_labels in zip(outputs, labels, strict=True):
             self._note(output, _Followed(own_labels, dict(mixed)))
 
-    def _moved(
-        self,
-        func: Any,
-        name: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        outputs: list[Tensor],
-        first: Tensor,
-        own: Tensor,
-    ) -> list[Tensor | None] | None:
-        """Labels of the outputs of a function of one activation (or of a list of them, to be joined)."""
-        if name in _SAME:
-            return [own if output.shape == own.shape else None for output in outputs]
-        if name in _NORMS:
-            self._norm_call(name, args, kwargs, own)
-            return [own]
-        if name in _MOVES:
-            moved = func(*self._swap(args), **self._swap(kwargs))
-            return list(_tensors(moved))
-        if name in _POOLS:
-            channels = _by_channel(own)
-            if channels is None or outputs[0].ndim != own.ndim or outputs[0].shape[1] != len(channels):
-                return None
-            shape = [-1 if d == 1 else 1 for d in range(own.ndim)]
-            return [channels.reshape(shape).expand(output.shape) for output in outputs]
-        if name in _REDUCTIONS and (len(args) > 1 or "dim" in kwargs):
-            dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
-            keep = bool(kwargs.get("keepdim", args[2] if len(args) > 2 else False))
-            if dims is None:
-                return None
-            low, high = own.amin(dims, keepdim=keep), own.amax(dims, keepdim=keep)
-            return [low] if torch.equal(low, high) else None
-        return None
-
-    def _swap(self, value: Any) -> Any:
-        """The arguments with labels in place of activations."""
-        if isinstance(value, Tensor):
-            if id(value) in self.followed:
-                labels = self.followed[id(value)].labels
-                return torch.full(value.shape, -1, device=value.device) if labels is None else labels.contiguous()
-            return torch.full(value.shape, -1, device=value.device) if value.is_floating_point() else value
-        if isinstance(value, tuple | list):
-            return type(value)(self._swap(item) for item in value)
-        if isinstance(value, dict):
-            return {key: self._swap(item) for key, item in value.items()}
-        return value
+    def _labels(self, tensor: Tensor) -> Tensor | None:
+        followed = self.followed.get(id(tensor))
+        return None if followed is None else followed.labels
 
     def _combined(
         self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, mixed: dict[str, str]
     ) -> list[Tensor | None]:
         """Labels of a sum or a product; where units meet others they cannot be told apart any more."""
-        tensors = list(_tensors((args, kwargs)))
-        known = [
-            own.labels for t in tensors if (own := self.followed.get(id(t))) is not None and own.labels is not None
-        ]
+        tensors = list(nested_tensors((args, kwargs)))
+        known = [labels for t in tensors if (labels := self._labels(t)) is not None]
         others = [t for t in tensors if id(t) not in self.followed and t.numel() > 1]
-        word = "added to" if name in _SUMS else "multiplied with"
+        word = "added to" if name in SUMS else "multiplied with"
         layers = {layer: None for labels in known for layer in self._layers(labels)}
         if mixed:
             mixed |= {layer: f"its units are {word} those of {', '.join(mixed)}" for layer in layers}
@@ -212,7 +146,7 @@ class _Tracer(TorchFunctionMode):
                 rest = ", ".join(other for other in layers if other != layer) or "others of its own"
                 mixed[layer] = f"its units are {word} those of {rest}"
             return [None]
-        foreign = [t for t in others if name in _SUMS or t.requires_grad]
+        foreign = [t for t in others if name in SUMS or t.requires_grad]
         if foreign:
             what = (
                 "a learned tensor" if isinstance(foreign[0], nn.Parameter) else "a tensor that is not a hidden unit's"
@@ -276,15 +210,15 @@ class _Tracer(TorchFunctionMode):
             self._refuse({name: "it reads its own activations"})
 
     def _norm_call(self, function: str, args: tuple[Any, ...], kwargs: dict[str, Any], labels: Tensor) -> None:
-        name = next((self.norms[id(t)] for t in _tensors((args, kwargs)) if id(t) in self.norms), None)
+        name = next((self.norms[id(t)] for t in nested_tensors((args, kwargs)) if id(t) in self.norms), None)
         if name is None:
             return
         if function in ("layer_norm", "rms_norm"):
             shape = self.modules[name].normalized_shape  # what the entries are
-            rows = labels.reshape(-1, torch.Size(shape).numel())  # type: ignore[arg-type]
+            rows = labels.reshape(-1, torch.Size(shape).numel())
             row: Tensor | None = rows[0] if bool((rows == rows[0]).all()) else None
         else:
-            row = _by_channel(labels)
+            row = by_channel(labels)
         before = self.normed.get(name)
         if row is None or (before is not None and not torch.equal(before, row)):
             self._refuse(dict.fromkeys(self._layers(labels), f"the entries of {name} do not belong to one unit each"))
@@ -299,7 +233,7 @@ class _Tracer(TorchFunctionMode):
         numbers = labels.reshape(-1)
         if labels.ndim > 1 and any(stride == 0 for stride in labels.stride()):  # spare copies of expanded labels
             numbers = labels[tuple(slice(0, 1) if s == 0 else slice(None) for s in labels.stride())].reshape(-1)
-        return list(dict.fromkeys(self.owners[n] for n in numbers.unique().tolist() if n >= 0))
+        return list(dict.fromkeys(self.owners[n] for n in torch.unique(numbers).tolist() if n >= 0))
 
     def _refuse(self, reasons: dict[str, str]) -> None:
         for layer, why in reasons.items():
@@ -363,29 +297,11 @@ class _Tracer(TorchFunctionMode):
         return links
 
 
-def _by_channel(labels: Tensor) -> Tensor | None:
-    """(C,) labels of dimension 1, where they are the same at all samples and positions."""
-    if labels.ndim < 2:
-        return None
-    columns = labels.movedim(1, -1).reshape(-1, labels.shape[1])
-    return columns[0] if bool((columns == columns[0]).all()) else None
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-
-
 def find_wiring(module: nn.Module, run: Callable[[], object]) -> Wiring:
     """Trace the wiring of hidden units through sequential, branching and residual networks.
 
-    Followed: Linear and convolutions, activations, norms, dropout, pooling, flattening, concatenation and other moves of
-    values. Left alone, with the reason: units that are added to or multiplied with others (the stream of a residual
+    Followed: Linear and convolutions, activations, norms, dropout, pooling, flattening, concatenation and other moves
+    of values. Left alone, with the reason: units that are added to or multiplied with others (the stream of a residual
     network; the layers inside its branches are followed), that attention or a recurrent layer reads, tied, frozen,
     parametrised and grouped weights. Call it under ``undisturbed``.
 
