@@ -4,19 +4,24 @@ from importlib.metadata import version as _version
 
 from lightning_plasticity import curvature, linalg, metrics, streams
 from lightning_plasticity.callbacks import (
+    ContinualBackprop,
     EveryFit,
     EveryNEpochs,
     EveryNSteps,
     FeatureRankMonitor,
     HessianSpectrumMonitor,
     L2ERMixin,
+    LayerReset,
+    ReDo,
     Regularization,
     RegularizerMixin,
+    ShrinkAndPerturb,
     TaskAttribute,
     TaskSchedule,
     TaskTracker,
 )
 from lightning_plasticity.curvature import Spectrum
+from lightning_plasticity.interventions import CReLU, insert_layer_norm
 from lightning_plasticity.records import TaskRecord, read_records
 from lightning_plasticity.regularization import L2, EffectiveRank, L2Init, SpectralNorm, Wasserstein
 
@@ -24,6 +29,8 @@ __version__ = _version("lightning-plasticity")
 
 __all__ = [
     "L2",
+    "CReLU",
+    "ContinualBackprop",
     "EffectiveRank",
     "EveryFit",
     "EveryNEpochs",
@@ -32,8 +39,11 @@ __all__ = [
     "HessianSpectrumMonitor",
     "L2ERMixin",
     "L2Init",
+    "LayerReset",
+    "ReDo",
     "Regularization",
     "RegularizerMixin",
+    "ShrinkAndPerturb",
     "SpectralNorm",
     "Spectrum",
     "TaskAttribute",
@@ -43,6 +53,7 @@ __all__ = [
     "Wasserstein",
     "__version__",
     "curvature",
+    "insert_layer_norm",
     "linalg",
     "metrics",
     "read_records",

@@ -18,6 +18,8 @@ PACKAGE_DIR = ROOT / "lightning_plasticity"
 
 # The public API. Adding a name here is a decision, and a line in the changelog.
 PUBLIC = {
+    "CReLU",
+    "ContinualBackprop",
     "EffectiveRank",
     "EveryFit",
     "EveryNEpochs",
@@ -27,8 +29,11 @@ PUBLIC = {
     "L2",
     "L2ERMixin",
     "L2Init",
+    "LayerReset",
+    "ReDo",
     "Regularization",
     "RegularizerMixin",
+    "ShrinkAndPerturb",
     "SpectralNorm",
     "Spectrum",
     "TaskAttribute",
@@ -38,6 +43,7 @@ PUBLIC = {
     "Wasserstein",
     "__version__",
     "curvature",
+    "insert_layer_norm",
     "linalg",
     "metrics",
     "read_records",

@@ -6,16 +6,22 @@ from lightning_plasticity.callbacks.mixin import L2ERMixin, RegularizerMixin
 from lightning_plasticity.callbacks.regularization import Regularization
 from lightning_plasticity.callbacks.schedules import EveryFit, EveryNEpochs, EveryNSteps, TaskAttribute, TaskSchedule
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
+from lightning_plasticity.callbacks.unit_interventions import ContinualBackprop, ReDo
+from lightning_plasticity.callbacks.weight_interventions import LayerReset, ShrinkAndPerturb
 
 __all__ = [
+    "ContinualBackprop",
     "EveryFit",
     "EveryNEpochs",
     "EveryNSteps",
     "FeatureRankMonitor",
     "HessianSpectrumMonitor",
     "L2ERMixin",
+    "LayerReset",
+    "ReDo",
     "Regularization",
     "RegularizerMixin",
+    "ShrinkAndPerturb",
     "TaskAttribute",
     "TaskSchedule",
     "TaskTracker",

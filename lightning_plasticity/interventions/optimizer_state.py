@@ -1,0 +1,169 @@
+"""What an optimizer remembers of weights that have been re-drawn: forget it, element by element.
+
+Adam counts steps once for a whole parameter, so an element whose moments were zeroed at step s is corrected for a bias
+that it does not have: its first steps are up to (1 - beta1) / sqrt(1 - beta2) = 3.2 times too long. ``StepCounts``
+remembers s for the rows and columns that were reset and, right after each ``optimizer.step()``, replaces the update
+that those elements got by the one with a step count of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, AdamW, Optimizer
+
+FLAT = -1  # instead of a dimension: single elements
+
+
+def forget(optimizers: Iterable[Optimizer], parameter: nn.Parameter, dim: int, indices: Tensor) -> None:
+    """Zero slices of every state tensor of the parameter's shape (moments, momentum, squared averages)."""
+    for optimizer in optimizers:
+        for value in optimizer.state.get(parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim:
+                fill(value, dim, indices, 0.0)
+
+
+def forget_all(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> None:
+    """Drop all state of whole parameters, step counts included: the next step makes it anew."""
+    parameters = list(parameters)
+    for optimizer in optimizers:
+        for parameter in parameters:
+            optimizer.state.pop(parameter, None)
+
+
+@torch.no_grad()
+def fill(tensor: Tensor, dim: int, indices: Tensor, value: float) -> None:
+    """Set slices to a value; with ``dim=FLAT`` elements, counted as in a flattened tensor."""
+    if dim == FLAT:
+        tensor[torch.unravel_index(indices, tensor.shape)] = value
+    else:
+        tensor.index_fill_(dim, indices, value)
+
+
+class StepCounts:
+    """Step counts of their own for elements that were reset, under Adam and AdamW.
+
+    Exact up to rounding: Adam's moments do not depend on the count, only the update does, and it is linear in the
+    correction. Under SGD and RMSprop nothing depends on the count. Other optimizers keep their own.
+
+    Args:
+        parameters: by name, all that can be reset.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self._names = {id(parameter): name for name, parameter in parameters.items()}
+        self._parameters = dict(parameters)
+        self._born: dict[str, dict[int, Tensor]] = {}  # by parameter and dimension: step of the last reset, 0 for none
+        self._handles: list[Any] = []
+
+    def attach(self, optimizers: Iterable[Optimizer]) -> None:
+        """Correct after every step of these from now on; counts that a new optimizer cannot have are dropped."""
+        self.detach()
+        steps: dict[str, int] = {}
+        for optimizer in optimizers:
+            for parameter, state in optimizer.state.items():
+                name = self._names.get(id(parameter))
+                if name is not None and "step" in state:
+                    steps[name] = int(state["step"])
+            if type(optimizer) in (Adam, AdamW):
+                self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        self._born = {
+            name: born
+            for name, born in self._born.items()
+            if all(int(step.max()) <= steps.get(name, -1) for step in born.values())
+        }
+
+    def detach(self) -> None:
+        """Stop correcting."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def restart(self, optimizers: Iterable[Optimizer], parameter: nn.Parameter, dim: int, indices: Tensor) -> None:
+        """Count from here for these slices."""
+        name = self._names[id(parameter)]
+        for optimizer in optimizers:
+            state = optimizer.state.get(parameter)
+            if type(optimizer) in (Adam, AdamW) and state and "step" in state:
+                size = parameter.numel() if dim == FLAT else parameter.shape[dim]
+                dims = self._born.setdefault(name, {})
+                born = dims.setdefault(dim, torch.zeros(size, dtype=torch.int64))
+                born[indices.cpu()] = int(state["step"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The steps at which rows and columns were reset."""
+        return {name: {str(dim): born.clone() for dim, born in dims.items()} for name, dims in self._born.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where ``state_dict`` left off; parameters that are no more are left out."""
+        self._born = {
+            name: {int(dim): born.cpu().clone() for dim, born in dims.items()}
+            for name, dims in state.items()
+            if name in self._parameters
+        }
+
+    @torch.no_grad()
+    def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if not self._born:
+            return
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                name = self._names.get(id(parameter))
+                if name in self._born and parameter.grad is not None:
+                    self._correct(name, parameter, group, optimizer.state[parameter])
+
+    def _correct(self, name: str, parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> None:
+        step = int(state["step"])
+        beta1, beta2 = (float(beta) for beta in group["betas"])
+        # Where beta ** age is below rounding the correction is too.
+        slowest = max(beta1, beta2)
+        horizon = math.log(torch.finfo(parameter.dtype).eps / 8) / math.log(slowest) if 0 < slowest < 1 else math.inf
+        for dim, born in list(self._born[name].items()):
+            born[step - born > horizon] = 0
+            if not bool(born.any()):
+                del self._born[name][dim]
+        if not self._born[name]:
+            del self._born[name]
+            return
+        second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        lr = float(group["lr"]) * (-1.0 if group["maximize"] else 1.0)
+        for index, born in _blocks(self._born[name], parameter):
+            first, own = state["exp_avg"][index], (step - born).clamp(min=1).to(parameter.device)
+            everyone = torch.full_like(own, step)
+            wrong = _direction(first, second[index], beta1, beta2, everyone, group["eps"])
+            right = _direction(first, second[index], beta1, beta2, own, group["eps"])
+            parameter.index_put_(index, lr * (wrong - right), accumulate=True)
+
+
+def _direction(m: Tensor, v: Tensor, beta1: float, beta2: float, steps: Tensor, eps: float) -> Tensor:
+    """Adam's update divided by the learning rate (Kingma and Ba 2015, arXiv 1412.6980, algorithm 1)."""
+    correct1, correct2 = ((1.0 - beta ** steps.double()).to(m.dtype) for beta in (beta1, beta2))
+    return (m / correct1) / ((v / correct2).sqrt() + eps)
+
+
+def _blocks(dims: Mapping[int, Tensor], parameter: Tensor) -> list[tuple[tuple[Tensor, ...], Tensor]]:
+    """The elements that were reset, each once: their index, and the steps of their resets, to broadcast."""
+    if FLAT in dims:
+        flat = dims[FLAT].nonzero().reshape(-1)
+        return [(torch.unravel_index(flat, parameter.shape), dims[FLAT][flat])]
+    trailing = [1] * (parameter.ndim - 2)
+    first, second = dims.get(0), dims.get(1)
+    if second is None:
+        assert first is not None
+        rows = first.nonzero().reshape(-1)
+        return [((rows,), first[rows].reshape(-1, *[1] * (parameter.ndim - 1)))]
+    if first is None:
+        first = torch.zeros(parameter.shape[0], dtype=torch.int64)
+    blocks: list[tuple[tuple[Tensor, ...], Tensor]] = []
+    rows, others = first.nonzero().reshape(-1), (first == 0).nonzero().reshape(-1)
+    columns = second.nonzero().reshape(-1)
+    if len(rows):
+        born = torch.maximum(first[rows].reshape(-1, 1, *trailing), second.reshape(1, -1, *trailing))
+        blocks.append(((rows,), born))
+    if len(others):
+        blocks.append(((others[:, None], columns[None, :]), second[columns].reshape(1, -1, *trailing)))
+    return blocks
