@@ -169,17 +169,14 @@ class PlasticityAlert(Callback):
         return best(earlier.values(), default=math.nan)
 
     def _message(self, task: int, value: float, reference: float) -> str:
-        names = {
-            "best": "the best so far",
-            "early": f"the mean before task {self.from_task}",
-            "fresh": "a fresh network",
-        }
+        early = f"the mean before task {self.from_task}"
+        name = {"best": "the best so far", "early": early, "fresh": "a fresh network"}[self.against]
         relation = "below" if self.bad == "low" else "above"
         done = [type(intervention).__name__ for intervention in self._interventions]
         action = f"Acting now: {', '.join(done)}." if done else f"{ADVICE}."
         return (
             f"PlasticityAlert at the {self.phase} of task {task}: {self.measure} is {value:.4g}, {relation} "
-            f"{self.fraction:g} of {names[self.against]} ({reference:.4g}). {action}"
+            f"{self.fraction:g} of {name} ({reference:.4g}). {action}"
         )
 
     def _say_missing(self, values: dict[str, float]) -> None:
@@ -212,7 +209,7 @@ class PlasticityAlert(Callback):
 
 def _interventions(on_alert: Callback | Sequence[Callback] | None) -> list[Any]:
     several = isinstance(on_alert, list | tuple)
-    found: list[Any] = [] if on_alert is None else list(on_alert) if several else [on_alert]  # type: ignore[call-overload,arg-type]
+    found: list[Any] = [] if on_alert is None else list(on_alert) if several else [on_alert]  # type: ignore[arg-type]
     for intervention in found:
         if not callable(getattr(intervention, "intervene", None)):
             raise TypeError(

@@ -167,8 +167,8 @@ def test_alerts_are_logged_and_written(tmp_path):
 def test_a_resumed_run_remembers_values_and_alerts(tmp_path):
     alert = PlasticityAlert(fraction=0.9, from_task=1)
     callbacks = [alert, Scripted([10.0, 5.0, 5.0, 5.0]), TaskTracker(EveryNEpochs(1))]
+    first = trainer(max_epochs=2, callbacks=callbacks)
     with pytest.warns(UserWarning, match="PlasticityAlert"):
-        first = trainer(max_epochs=2, callbacks=callbacks)
         first.fit(Net(), data())
     first.save_checkpoint(tmp_path / "run.ckpt")
     resumed = PlasticityAlert(fraction=0.9, from_task=1)
