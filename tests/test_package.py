@@ -30,6 +30,7 @@ PUBLIC = {
     "L2ERMixin",
     "L2Init",
     "LayerReset",
+    "PlasticityAlert",
     "ReDo",
     "Regularization",
     "RegularizerMixin",

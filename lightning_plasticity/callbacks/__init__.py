@@ -1,5 +1,6 @@
 """Callbacks and mixins: thin shells that say when, and leave what to the rooms below."""
 
+from lightning_plasticity.callbacks.alert import PlasticityAlert
 from lightning_plasticity.callbacks.feature_monitor import FeatureRankMonitor
 from lightning_plasticity.callbacks.hessian_monitor import HessianSpectrumMonitor
 from lightning_plasticity.callbacks.mixin import L2ERMixin, RegularizerMixin
@@ -18,6 +19,7 @@ __all__ = [
     "HessianSpectrumMonitor",
     "L2ERMixin",
     "LayerReset",
+    "PlasticityAlert",
     "ReDo",
     "Regularization",
     "RegularizerMixin",

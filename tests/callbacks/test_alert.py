@@ -1,0 +1,200 @@
+"""``PlasticityAlert``: what it compares with what, when it speaks, and what it starts."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from small_fits import Net, data, trainer
+
+from lightning_plasticity import FeatureRankMonitor, PlasticityAlert, TaskTracker, read_records
+from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement
+from lightning_plasticity.callbacks.schedules import EveryNEpochs
+from lightning_plasticity.linalg import Estimate
+
+KEY = "plasticity/features/srank"
+
+
+class Scripted(BoundaryMonitor):
+    """Records what it was told to."""
+
+    def __init__(self, values: list[float], fresh: list[float] | None = None, when: Any = "start") -> None:
+        super().__init__(4, when, 1, None, "raise", None)
+        self.values, self.fresh = values, fresh
+
+    def measure(self, trainer: Any, pl_module: Any, batches: Any, phase: Any) -> Measurement:
+        task = len([record for record in self.records if record.phase == phase])
+        found = {KEY: Estimate.exactly(self.values[task])}
+        if self.fresh is not None:
+            found["plasticity/fresh/features/srank"] = Estimate.exactly(self.fresh[task])
+        return Measurement(values=found)
+
+
+class Note(L.Callback):
+    """An intervention that only remembers when it was asked."""
+
+    def __init__(self) -> None:
+        self.weights: list[torch.Tensor] = []
+
+    def intervene(self, trainer: Any, pl_module: Any) -> None:
+        self.weights.append(pl_module.net[0].weight.detach().clone())
+        with torch.no_grad():
+            pl_module.net[0].weight.mul_(0.5)
+
+
+def run(alert: PlasticityAlert, monitor: Scripted | None, **options: Any) -> list[str]:
+    """One epoch per task; the alert's warnings."""
+    tasks = len(monitor.values) if monitor is not None else 3
+    monitors = [] if monitor is None else [monitor]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer(max_epochs=tasks, callbacks=[alert, *monitors, TaskTracker(EveryNEpochs(1))], **options).fit(
+            Net(), data()
+        )
+    return [str(entry.message) for entry in caught if "PlasticityAlert" in str(entry.message)]
+
+
+def test_it_warns_once_when_the_measure_falls_and_again_after_a_recovery():
+    alert = PlasticityAlert(fraction=0.9, from_task=2)
+    said = run(alert, Scripted([10.0, 20.0, 18.5, 17.0, 5.0, 19.0, 3.0]))
+    assert alert.alerted == [3, 4, 6]
+    assert len(said) == 2
+    assert "start of task 3" in said[0]
+    assert "is 17, below 0.9 of the best so far (20)" in said[0]
+    assert "on_alert=" in said[0]
+    assert "start of task 6" in said[1]
+
+
+def test_no_task_before_from_task_alerts():
+    alert = PlasticityAlert(fraction=0.9, from_task=3)
+    assert run(alert, Scripted([10.0, 1.0, 1.0])) == []
+    assert alert.history == {0: 10.0, 1: 1.0, 2: 1.0}
+
+
+def test_early_compares_with_the_mean_of_the_early_tasks():
+    alert = PlasticityAlert(against="early", fraction=0.5, from_task=2)
+    (said,) = run(alert, Scripted([10.0, 20.0, 7.6, 7.4]))
+    assert alert.alerted == [3]
+    assert "0.5 of the mean before task 2 (15)" in said
+
+
+def test_fresh_compares_with_a_fresh_network_on_the_same_task():
+    alert = PlasticityAlert(against="fresh", fraction=0.5, from_task=0)
+    (said,) = run(alert, Scripted([10.0, 10.0, 10.0], fresh=[12.0, 21.0, 19.0]))
+    assert alert.alerted == [1]
+    assert "a fresh network (21)" in said
+
+
+def test_high_values_may_be_the_bad_ones():
+    alert = PlasticityAlert(bad="high", fraction=2.0, from_task=1)
+    run(alert, Scripted([0.2, 0.1, 0.19, 0.21]))
+    assert alert.alerted == [3]
+
+
+def test_the_end_of_a_task_counts_where_asked():
+    alert = PlasticityAlert(phase="end", fraction=0.9, from_task=1)
+    run(alert, Scripted([10.0, 5.0], when="end"))
+    assert alert.alerted == [1]
+
+
+def test_what_the_module_logs_can_be_watched():
+    class Logging(Net):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("quality", 10.0 - 4.0 * self.current_epoch, on_step=False, on_epoch=True, batch_size=1)
+            return super().training_step(batch, batch_idx)
+
+    alert = PlasticityAlert("quality", phase="end", fraction=0.5, from_task=1)
+    with pytest.warns(UserWarning, match="end of task 2: quality is 2, below"):
+        trainer(max_epochs=3, callbacks=[alert, TaskTracker(EveryNEpochs(1))]).fit(Logging(), data())
+    assert alert.history == {0: 10.0, 1: 6.0, 2: 2.0}
+
+
+def test_it_starts_the_intervention_after_the_monitors_and_before_the_first_update():
+    note, monitor = Note(), Scripted([10.0, 10.0, 1.0])
+    alert = PlasticityAlert(fraction=0.9, from_task=1, on_alert=note)
+    (said,) = run(alert, monitor)
+    assert "Acting now: Note." in said
+    assert len(note.weights) == 1
+    plain = Net()
+    trainer(max_epochs=2).fit(plain, data())
+    assert torch.equal(note.weights[0], plain.net[0].weight)  # the weights as two tasks have left them
+    assert [record.task for record in monitor.records] == [0, 1, 2]
+
+
+def test_without_an_intervention_training_is_untouched():
+    nets = [Net(), Net()]
+    torch.manual_seed(0)
+    trainer(max_epochs=3, callbacks=[TaskTracker(EveryNEpochs(1))]).fit(nets[0], data())
+    torch.manual_seed(0)
+    alert = PlasticityAlert(fraction=0.999, from_task=1)
+    callbacks = [alert, FeatureRankMonitor(probe_samples=8), TaskTracker(EveryNEpochs(1))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer(max_epochs=3, callbacks=callbacks).fit(nets[1], data())
+    assert len(alert.history) == 3
+    assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in nets), strict=True))
+
+
+def test_a_failed_measurement_is_passed_over():
+    alert = PlasticityAlert(fraction=0.9, from_task=1)
+    assert run(alert, Scripted([10.0, math.nan, 10.0])) == []
+    assert alert.history == {0: 10.0, 2: 10.0}
+
+
+def test_a_measure_that_nobody_records_is_named_once_with_those_that_exist():
+    (said,) = run(PlasticityAlert("plasticity/features/rank"), Scripted([1.0, 1.0]))
+    assert "'plasticity/features/rank'" in said
+    assert f"Known there: {KEY}" in said
+    (said,) = run(PlasticityAlert(), None)
+    assert "add a monitor" in said
+
+
+def test_alerts_are_logged_and_written(tmp_path):
+    alert = PlasticityAlert(fraction=0.9, from_task=1)
+    run(alert, Scripted([10.0, 10.0, 1.0]), logger=CSVLogger(tmp_path, name=None, version=""))
+    records = [record for record in read_records(tmp_path) if record.monitor == "PlasticityAlert"]
+    seen = [
+        (r.task, r.values["plasticity/alert/active"].value, r.values["plasticity/alert/ratio"].value) for r in records
+    ]
+    assert seen == [(1, 0.0, 1.0), (2, 1.0, 0.1)]
+
+
+def test_a_resumed_run_remembers_values_and_alerts(tmp_path):
+    alert = PlasticityAlert(fraction=0.9, from_task=1)
+    callbacks = [alert, Scripted([10.0, 5.0, 5.0, 5.0]), TaskTracker(EveryNEpochs(1))]
+    first = trainer(max_epochs=2, callbacks=callbacks)
+    with pytest.warns(UserWarning, match="PlasticityAlert"):
+        first.fit(Net(), data())
+    first.save_checkpoint(tmp_path / "run.ckpt")
+    resumed = PlasticityAlert(fraction=0.9, from_task=1)
+    callbacks = [resumed, Scripted([10.0, 5.0, 5.0, 5.0]), TaskTracker(EveryNEpochs(1))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the alert is on already: no new warning
+        warnings.filterwarnings("ignore", ".*(does not have many workers|LeafSpec|Checkpoint directory).*")
+        trainer(max_epochs=4, callbacks=callbacks).fit(Net(), data(), ckpt_path=tmp_path / "run.ckpt")
+    assert resumed.history == {0: 10.0, 1: 5.0, 2: 5.0, 3: 5.0}
+    assert resumed.alerted == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "part"),
+    [
+        ({"against": "worst"}, ValueError, "against='worst'"),
+        ({"fraction": 1.2}, ValueError, "would alert at the reference itself"),
+        ({"fraction": 0.5, "bad": "high"}, ValueError, "would alert at the reference itself"),
+        ({"fraction": math.nan}, ValueError, "fraction=nan"),
+        ({"measure": ""}, ValueError, "measure=''"),
+        ({"from_task": 0}, ValueError, "from_task=0"),
+        ({"phase": "middle"}, ValueError, "phase='middle'"),
+        ({"on_alert": 3}, TypeError, "on_alert=3"),
+        ({"on_alert": L.Callback()}, TypeError, "intervene"),
+    ],
+)
+def test_bad_settings_are_refused(settings, error, part):
+    with pytest.raises(error, match=part):
+        PlasticityAlert(**settings)
