@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_plasticity._optional import require
+from lightning_plasticity.streams.base import Samples, TaskStream, at_least_one
+from lightning_plasticity.streams.changes import Change, PermuteLabels, PermutePixels
+from lightning_plasticity.streams.dataset_stream import DatasetStream
 
 NUM_CLASSES = 10
 NUM_FEATURES = 64
 
 
-class RandomLabelDigits(LightningDataModule):
+class RandomLabelDigits(TaskStream):
     """Each task gives new random labels to newly drawn digits: nothing to transfer, so only the ability to learn shows.
 
     Task t serves ``samples_per_task`` of the 1797 digits (Alpaydin and Kaynak 1998, 8 x 8 pixels), drawn without
     replacement, with uniform labels; both depend on ``seed`` and t only. Use one fit with
     ``max_epochs=num_tasks * epochs_per_task``, ``reload_dataloaders_every_n_epochs=epochs_per_task`` and a
-    ``TaskTracker(EveryNEpochs(epochs_per_task))``.
+    ``TaskTracker(EveryNEpochs(epochs_per_task))``; or a fit per task, with ``stream.task_id`` set before each.
 
     Args:
         num_tasks: length of the stream.
@@ -49,33 +48,84 @@ class RandomLabelDigits(LightningDataModule):
         batch_size: int = 16,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        for name, value in (("num_tasks", num_tasks), ("epochs_per_task", epochs_per_task), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name}={value}, expected at least 1.")
+        super().__init__(num_tasks, epochs_per_task, batch_size, seed)
         self._images = load_digits()
-        if not 1 <= samples_per_task <= len(self._images):
+        at_least_one("samples_per_task", samples_per_task)
+        if samples_per_task > len(self._images):
             raise ValueError(f"samples_per_task={samples_per_task}, expected 1 to {len(self._images)}.")
-        self.num_tasks = num_tasks
-        self.epochs_per_task = epochs_per_task
         self.samples_per_task = samples_per_task
-        self.batch_size = batch_size
-        self.seed = seed
 
-    def task_data(self, task: int) -> tuple[Tensor, Tensor]:
+    def task_data(self, task: int) -> Samples:
         """Inputs (samples_per_task, 64) float32 and labels (samples_per_task,) of a task."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + task)
+        generator = self.generator(task)
         chosen = torch.randperm(len(self._images), generator=generator)[: self.samples_per_task]
         return self._images[chosen], torch.randint(NUM_CLASSES, (self.samples_per_task,), generator=generator)
 
-    def train_dataloader(self) -> DataLoader[Any]:
-        """The current task's data; the task follows from the Trainer's epoch."""
-        epoch = 0 if self.trainer is None else self.trainer.current_epoch
-        task = min(epoch // self.epochs_per_task, self.num_tasks - 1)
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + 500_000 + epoch)
-        return DataLoader(
-            TensorDataset(*self.task_data(task)), batch_size=self.batch_size, shuffle=True, generator=generator
+
+class _ChangedDigits(DatasetStream):
+    """The digits under one kind of change."""
+
+    def __init__(
+        self,
+        change: Change,
+        num_tasks: int,
+        epochs_per_task: int,
+        samples_per_task: int | None,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        super().__init__(
+            (load_digits(), digit_labels()), change, num_tasks, epochs_per_task, samples_per_task, batch_size, seed
         )
+
+
+class PermutedDigits(_ChangedDigits):
+    """The digits with their 64 pixels in a new order in each task.
+
+    Args:
+        num_tasks: length of the stream.
+        epochs_per_task: epochs that each task is served.
+        samples_per_task: images in each task, drawn without replacement; None for all 1797.
+        batch_size: minibatch.
+        seed: of permutations, draws and order.
+
+    Example:
+        >>> from lightning_plasticity.streams import PermutedDigits
+        >>> PermutedDigits(num_tasks=3).task_data(2)[0].shape
+        torch.Size([1797, 64])
+    """
+
+    def __init__(
+        self,
+        num_tasks: int = 40,
+        epochs_per_task: int = 10,
+        samples_per_task: int | None = None,
+        batch_size: int = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(PermutePixels(), num_tasks, epochs_per_task, samples_per_task, batch_size, seed)
+
+
+class PermutedLabelDigits(_ChangedDigits):
+    """The digits with their ten classes renamed in each task: the features stay useful, the head does not.
+
+    Args:
+        num_tasks: length of the stream.
+        epochs_per_task: epochs that each task is served.
+        samples_per_task: images in each task, drawn without replacement; None for all 1797.
+        batch_size: minibatch.
+        seed: of permutations, draws and order.
+    """
+
+    def __init__(
+        self,
+        num_tasks: int = 40,
+        epochs_per_task: int = 10,
+        samples_per_task: int | None = None,
+        batch_size: int = 16,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(PermuteLabels(), num_tasks, epochs_per_task, samples_per_task, batch_size, seed)
 
 
 def load_digits() -> Tensor:
@@ -83,3 +133,8 @@ def load_digits() -> Tensor:
     images = require("sklearn.datasets", "The digits stream").load_digits().images
     inputs = torch.as_tensor(images, dtype=torch.float32).reshape(len(images), NUM_FEATURES) / 16.0
     return (inputs - inputs.mean()) / inputs.std()
+
+
+def digit_labels() -> Tensor:
+    """(1797,) int64 labels of the same images."""
+    return torch.as_tensor(require("sklearn.datasets", "The digits stream").load_digits().target, dtype=torch.int64)
