@@ -19,9 +19,11 @@ class RandomLabelDigits(LightningDataModule):
     """Each task gives new random labels to newly drawn digits: nothing to transfer, so only the ability to learn shows.
 
     Task t serves ``samples_per_task`` of the 1797 digits (Alpaydin and Kaynak 1998, 8 x 8 pixels), drawn without
-    replacement, with uniform labels; both depend on ``seed`` and t only. Use one fit with
-    ``max_epochs=num_tasks * epochs_per_task``, ``reload_dataloaders_every_n_epochs=epochs_per_task`` and a
-    ``TaskTracker(EveryNEpochs(epochs_per_task))``.
+    replacement, with uniform labels; both depend on ``seed`` and t only. Which task is served:
+
+    - in one fit it follows from the Trainer's epoch. Use ``max_epochs=num_tasks * epochs_per_task``,
+      ``reload_dataloaders_every_n_epochs=epochs_per_task`` and a ``TaskTracker(EveryNEpochs(epochs_per_task))``;
+    - with a fit for each task, set ``stream.task_id = t`` before fit t, each with ``max_epochs=epochs_per_task``.
 
     Args:
         num_tasks: length of the stream.
@@ -29,6 +31,9 @@ class RandomLabelDigits(LightningDataModule):
         samples_per_task: images in each task, at most 1797.
         batch_size: minibatch.
         seed: of images, labels and shuffling.
+
+    Attributes:
+        task_id: the task to serve; None (the default) to follow the Trainer's epoch.
 
     Raises:
         ValueError: for sizes out of range.
@@ -61,6 +66,7 @@ class RandomLabelDigits(LightningDataModule):
         self.samples_per_task = samples_per_task
         self.batch_size = batch_size
         self.seed = seed
+        self.task_id: int | None = None
 
     def task_data(self, task: int) -> tuple[Tensor, Tensor]:
         """Inputs (samples_per_task, 64) float32 and labels (samples_per_task,) of a task."""
@@ -69,9 +75,13 @@ class RandomLabelDigits(LightningDataModule):
         return self._images[chosen], torch.randint(NUM_CLASSES, (self.samples_per_task,), generator=generator)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """The current task's data; the task follows from the Trainer's epoch."""
+        """The current task's data: that of ``task_id``, else of the Trainer's epoch."""
         epoch = 0 if self.trainer is None else self.trainer.current_epoch
-        task = min(epoch // self.epochs_per_task, self.num_tasks - 1)
+        if self.task_id is None:
+            task = min(epoch // self.epochs_per_task, self.num_tasks - 1)
+        else:
+            task = self.task_id
+            epoch += task * self.epochs_per_task  # over the whole stream: each task has its own order
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + 500_000 + epoch)
         return DataLoader(
             TensorDataset(*self.task_data(task)), batch_size=self.batch_size, shuffle=True, generator=generator
