@@ -146,7 +146,8 @@ def makers(settings: Settings, where: str) -> dict[str, list[Maker]]:
     """
     found: dict[str, list[Maker]] = {}
     for key in ("module", "stream", "optimizer"):
-        found[key] = [Maker(settings[key], f"{where}{key}", (0,) if key == "optimizer" else ())] if settings[key] else []
+        given = (0,) if key == "optimizer" else ()
+        found[key] = [Maker(settings[key], f"{where}{key}", given)] if settings[key] else []
     for key in ("transforms", "callbacks", "regularizers"):
         given = (0,) if key == "transforms" else ()
         found[key] = [Maker(entry, f"{where}{key}[{k}]", given) for k, entry in enumerate(settings[key])]

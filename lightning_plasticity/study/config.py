@@ -15,8 +15,10 @@ import yaml
 
 Settings = dict[str, Any]
 
-STUDY_KEYS = ("module", "stream", "methods", "seeds", "fits", "online_metric", "trainer", "optimizer", "callbacks")
-STUDY_KEYS += ("measure", "threads")
+STUDY_KEYS = (
+    *("module", "stream", "methods", "seeds", "fits", "online_metric"),
+    *("trainer", "optimizer", "callbacks", "measure", "threads"),
+)
 METHOD_KEYS = ("module", "stream", "optimizer", "transforms", "regularizers", "callbacks", "trainer")
 ENTRY_KEYS = ("class_path", "init_args")
 FITS = ("per_task", "one")
@@ -179,7 +181,7 @@ def _merged(shared: Settings, own: Any, where: str) -> Settings:
 
 def _over(base: Settings, own: Any, where: str) -> Settings:
     """A method's class or arguments over the study's: arguments are merged one by one, lists are replaced."""
-    entry = _entry({"class_path": base["class_path"]} | own if isinstance(own, Mapping) else own, where)
+    entry = _entry({"class_path": base["class_path"], **own} if isinstance(own, Mapping) else own, where)
     return {"class_path": entry["class_path"], "init_args": {**base["init_args"], **entry["init_args"]}}
 
 
@@ -253,7 +255,7 @@ def _whole(value: Any, where: str, least: int) -> int:
     return value
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """YAML 1.1 reads ``1e-3`` as text; here it is a number, as in YAML 1.2. A key twice is an error."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:

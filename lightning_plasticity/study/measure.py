@@ -193,8 +193,8 @@ def _step_value(pl_module: LightningModule, batch: Any, metric: str) -> float:
                 restore()
 
 
-def _scalar(value: Any, name: str) -> Tensor:
-    value = torch.as_tensor(value).detach()
+def _scalar(given: Any, name: str) -> Tensor:
+    value: Tensor = torch.as_tensor(given).detach()
     if value.numel() != 1:
         raise StudyError(f"online_metric {name!r} has the shape {tuple(value.shape)}, expected one number.")
     return value.reshape(()).clone()  # the module may write into it again

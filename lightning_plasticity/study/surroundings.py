@@ -43,7 +43,7 @@ def one_unit(threads: int, log: Path) -> Iterator[None]:
             warnings.simplefilter("default")
             for hint in HINTS:
                 warnings.filterwarnings("ignore", f".*{hint}.*")
-            warnings.showwarning = show  # type: ignore[assignment]
+            warnings.showwarning = show
             yield
     finally:
         logger.setLevel(level)

@@ -20,9 +20,9 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 import torch
-import cloudpickle
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
 from lightning_plasticity.callbacks import EveryFit, EveryNEpochs, Regularization, TaskTracker
@@ -75,9 +75,9 @@ def run_unit(unit: Unit, directory: Path) -> dict[str, Any]:
                 result = _run(unit, directory)
             return {"result": result}
     except Exception as error:
-        text = traceback.format_exc()
-        write_text(directory / ERROR, text)
-        return {"error": f"{error}" if isinstance(error, StudyError) else f"{type(error).__name__}: {error}"}
+        why = f"{error}" if isinstance(error, StudyError) else f"{type(error).__name__}: {error}"
+        write_text(directory / ERROR, f"{why}\n\n{traceback.format_exc()}")
+        return {"error": why}
 
 
 def _run(unit: Unit, directory: Path) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def _one_fit(unit: Unit, directory: Path, parts: Parts) -> Parts:
     boundary.watch(trainer, parts.stream)
     parts.rows.tell = _teller(directory, parts)
     _announce(directory, parts, 0)
-    arguments = {}
+    arguments: dict[str, Any] = {}
     if path.exists():
         arguments["ckpt_path"] = str(path)
         if "weights_only" in signature(Trainer.fit).parameters:
