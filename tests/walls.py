@@ -20,11 +20,11 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("loggers",),  # knows about loggers
     ("callbacks",),  # knows the Trainer: when, not what
     ("streams", "report"),
-    ("demo",),
+    ("demo", "study"),
     ("cli",),
     ("__main__",),
 )
-EDGE = ("streams", "report", "demo", "cli", "__main__")  # the only rooms that may also import the package root
+EDGE = ("streams", "report", "demo", "study", "cli", "__main__")  # the only rooms that may also import the package root
 RECORDS_MAY_IMPORT = ("records", "linalg", "curvature")
 LINALG_MAY_IMPORT = ("torch", "numpy", "scipy")
 # No Lightning at all, and Lightning's utilities (`rank_zero_warn`) but nothing that is, or holds, a Trainer.

@@ -160,9 +160,10 @@ class Regularization(EngineHooks):
         return cls(l2er(rank_strength, rank_layers, rank_every_n_steps, rank_mode, l2_strength))
 
     def engine(self, pl_module: Any) -> tuple[RegularizationEngine, list[Regularizer]]:
-        """The callback's own; a new one for another module."""
-        if self._engine is None or self._module is None or self._module() is not pl_module:
-            self._engine, self._module = RegularizationEngine(self.regularizers), ref(pl_module)
+        """The callback's own, also after both were pickled together; a new one for another module."""
+        if self._engine is None or (self._module is not None and self._module() is not pl_module):
+            self._engine = RegularizationEngine(self.regularizers)
+        self._module = ref(pl_module)
         return self._engine, self.regularizers
 
     def __getstate__(self) -> dict[str, Any]:

@@ -113,7 +113,7 @@ class LossClosure:
                 "torch.nn.functional.cross_entropy."
             )
         step: Any = self.module.training_step
-        return step(*_step_arguments(step, batch, index)), "training_step"
+        return step(*step_arguments(step, batch, index)), "training_step"
 
     def _plain_outputs(self, batch: Any) -> OutputLoss | None:
         """``loss_fn`` on the module's own outputs; None where it was not what ran, or takes no tensor."""
@@ -155,7 +155,7 @@ def call_model(module: nn.Module, inputs: Any) -> Any:
     return module(*inputs) if isinstance(inputs, tuple) else module(inputs)
 
 
-def _step_arguments(step: Callable[..., Any], batch: Any, index: int) -> tuple[Any, ...]:
+def step_arguments(step: Callable[..., Any], batch: Any, index: int) -> tuple[Any, ...]:
     """The batch, and the batch and dataloader indices where the step takes them."""
     parameters = list(inspect.signature(step).parameters.values())
     names = [parameter.name for parameter in parameters]
