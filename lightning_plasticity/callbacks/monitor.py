@@ -229,7 +229,8 @@ class BoundaryMonitor(FewHooks):
             with quiet(trainer):
                 measurement = self._measured(trainer, pl_module, phase)
         except Exception as caught:
-            error = caught
+            if self.on_error == "raise":  # else nobody keeps it, and the memory that its frames hold is free again
+                error = caught
             measurement.failures[""] = describe(caught)
         seconds = time.perf_counter() - started
         if several(trainer):  # every rank comes here, whatever happened to it

@@ -75,7 +75,7 @@ def run(
     callbacks = [SeedEachBatch(), *watching, TaskTracker(SCHEDULES[schedule]()), witness, keep]
     last = trainer(callbacks, **{"max_epochs": EPOCHS, "enable_checkpointing": True, **settings})
     last.fit(module, batches(), ckpt_path=checkpoint)
-    return outcome(module, witness, last) | {"losses": None, "batches": None, "metrics": None}
+    return outcome(module, witness, last) | {"losses": None, "attributes": None, "batches": None, "metrics": None}
 
 
 def comparable(records: list[Any]) -> list[Any]:
