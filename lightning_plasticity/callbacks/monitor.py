@@ -235,7 +235,7 @@ class BoundaryMonitor(FewHooks):
         seconds = time.perf_counter() - started
         if several(trainer):  # every rank comes here, whatever happened to it
             measurement, seconds = self._agreed(measurement, seconds)
-        if error is not None and self.on_error == "raise":
+        if error is not None:
             raise error
         causes = _by_cause(measurement.failures)
         failure = "; ".join(f"{parts}: {why}" if parts else why for why, parts in causes.items()) or None
