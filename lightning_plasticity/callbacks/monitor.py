@@ -229,12 +229,13 @@ class BoundaryMonitor(FewHooks):
             with quiet(trainer):
                 measurement = self._measured(trainer, pl_module, phase)
         except Exception as caught:
-            error = caught
+            if self.on_error == "raise":  # else nobody keeps it, and the memory that its frames hold is free again
+                error = caught
             measurement.failures[""] = describe(caught)
         seconds = time.perf_counter() - started
         if several(trainer):  # every rank comes here, whatever happened to it
             measurement, seconds = self._agreed(measurement, seconds)
-        if error is not None and self.on_error == "raise":
+        if error is not None:
             raise error
         causes = _by_cause(measurement.failures)
         failure = "; ".join(f"{parts}: {why}" if parts else why for why, parts in causes.items()) or None

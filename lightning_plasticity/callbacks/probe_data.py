@@ -22,6 +22,7 @@ from lightning_plasticity.curvature import MeasurementError
 from lightning_plasticity.nn import undisturbed
 from lightning_plasticity.nn.batches import batch_size, clone_batch
 from lightning_plasticity.nn.generators import generator_state, held_by
+from lightning_plasticity.nn.snapshot import CONTAINERS, restore_container
 
 FIRST_BATCH = "first batch"
 CHUNK = 512  # samples in one probe batch at most
@@ -207,10 +208,11 @@ def _hook_owner(trainer: Any, pl_module: Any) -> Any:
 
 @contextmanager
 def _untouched(*owners: Any) -> Iterator[None]:
-    """Put back what fetching samples may change: random generators that data keep, and attributes such as counters."""
+    """Put back what fetching samples may change: random generators that data keep, counters, lists and caches."""
     held = held_by(*owners)
     states = [state for state in map(generator_state, held) if state is not None]
     attributes = [(value, dict(vars(value))) for value in held if isinstance(value, Dataset)]
+    containers = [(value, value.copy()) for value in held if isinstance(value, CONTAINERS)]
     try:
         yield
     finally:
@@ -219,3 +221,5 @@ def _untouched(*owners: Any) -> Iterator[None]:
         for dataset, before in attributes:
             vars(dataset).clear()
             vars(dataset).update(before)
+        for container, entries in containers:
+            restore_container(container, entries)

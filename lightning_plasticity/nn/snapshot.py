@@ -21,7 +21,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_plasticity.nn.generators import generator_state, is_helper, reached_by_calling
 
-_CONTAINERS = (list, dict, set, deque)
+CONTAINERS = (list, dict, set, deque)
 MANY = 10_000  # of a larger container the entries are remembered, but not what is inside them
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -57,7 +57,7 @@ class Snapshot:
             return ()
         if isinstance(value, Tensor):
             self._remember_tensor(value)
-        elif isinstance(value, _CONTAINERS):
+        elif isinstance(value, CONTAINERS):
             return self._remember_container(value)
         elif isinstance(value, tuple):
             return value
@@ -97,7 +97,7 @@ class Snapshot:
         for value, attributes in self._objects.values():
             _restore_dict(value.__dict__, attributes)
         for container, copy in self._containers.values():
-            _restore_container(container, copy)
+            restore_container(container, copy)
         for tensor, alias, copy in self._tensors.values():
             _restore_tensor(tensor, alias, copy)
         for tensor, requires_grad, grad in self._leaves:
@@ -152,7 +152,8 @@ def _restore_dict(target: dict[Any, Any], source: dict[Any, Any]) -> None:
     target.update(source)
 
 
-def _restore_container(container: Any, copy: Any) -> None:
+def restore_container(container: Any, copy: Any) -> None:
+    """Give a container the entries of a shallow copy of it again, in place."""
     if isinstance(container, dict):
         _restore_dict(container, copy)
     elif isinstance(container, set):

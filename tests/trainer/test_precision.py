@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -195,6 +196,21 @@ def test_a_float32_module_keeps_the_users_default_dtype() -> None:
             assert torch.zeros(1).dtype is torch.float64
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def test_half_precision_whose_gradients_are_joined_is_refused(tmp_path: Path) -> None:
+    """Changing the dtype would cut the hooks of DistributedDataParallel, and training would go on without them."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        net, pair = mlp().bfloat16(), (data()[0].bfloat16(), data()[1])
+        hessian_spectrum(net, nn.CrossEntropyLoss(), pair)
+        parallel = nn.parallel.DistributedDataParallel(net)
+        with pytest.raises(RuntimeError, match=r"half precision under DistributedDataParallel.*'bf16-mixed'"):
+            hessian_spectrum(net, nn.CrossEntropyLoss(), pair)
+        hessian_spectrum(net.float(), nn.CrossEntropyLoss(), pair)
+        assert parallel.module is net
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 # ---- on a GPU ------------------------------------------------------------------------------------------------------

@@ -36,10 +36,6 @@ def validated() -> L.LightningModule:
     return Validated(NETWORKS["conv"]())
 
 
-def two() -> list[Any]:
-    return [Module(), Module()]
-
-
 def summary(watching: list[Any]) -> list[Any]:
     """Phases and failures; a value of each that is not there is a failure too."""
     return [
@@ -79,8 +75,8 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: ",".join(f"{k}={v}" for k, v in settings.items()))
 def test_settings(settings: dict[str, Any]) -> None:
     watching = monitors()
-    assert same_with(validated, two, watching, **settings) == []
-    assert summary(watching) == WHOLE
+    assert same_with(validated, lambda: [Module()], watching, **settings) == []
+    assert summary(watching) == WHOLE[:2] * 2
 
 
 def values(monitor: Any, record: int = 0) -> str:
@@ -137,7 +133,7 @@ def test_barebones() -> None:
         found.append([*module.state_dict().values(), torch.get_rng_state(), torch.tensor(module.losses)])
     assert all(map(torch.equal, *found))
     assert told == []
-    assert summary(watching) == WHOLE[:2] + WHOLE[:2]
+    assert summary(watching) == WHOLE[:2] * 2
 
 
 # ---- several loaders -----------------------------------------------------------------------------------------------

@@ -63,7 +63,7 @@ def test_a_value_that_could_not_be_measured_can_be_tolerated(tmp_path: Path) -> 
 
     stop = EarlyStopping(KEYS[0], strict=False)
     run = trainer([HessianSpectrumMonitor(), stop], max_epochs=2)
-    with pytest.warns(UserWarning) as told:
+    with pytest.warns(UserWarning, match="could not measure") as told:
         run.fit(Unmeasurable(mlp()), loader())
     assert sum("HessianSpectrumMonitor could not measure" in str(each.message) for each in told) == 1
     assert run.current_epoch == 2
