@@ -272,9 +272,9 @@ class BoundaryMonitor(FewHooks):
 
     def _agreed(self, measurement: Measurement, seconds: float) -> tuple[Measurement, float]:
         """Rank zero's numbers on all ranks, with what failed on any; only rank zero keeps what it saves."""
-        mine = (measurement.values, measurement.settings, measurement.failures, seconds, self.plans())
+        mine = measurement
         try:
-            ranks = exchange(mine)
+            ranks = exchange(lambda: (mine.values, mine.settings, mine.failures, seconds, self.plans()))
         except MeasurementError as error:
             return Measurement(failures={"": str(error)}), seconds
         values, settings, _, seconds, plans = ranks[0]
