@@ -254,6 +254,25 @@ def test_the_separate_rank_step_is_that_of_one_process_on_the_joined_minibatches
     assert max(float((one["state"][n] - plain["state"][n]).abs().max()) for n in plain["state"]) > 1e-2
 
 
+def test_minibatches_of_several_sizes_make_one_step(found: Any) -> None:
+    """Without any other update, the weights are those that one process steps to on all samples."""
+    (one,) = found("uneven_steps", "one")
+    first, second = found("uneven_steps")
+    assert first["outcome"]["weights"] == second["outcome"]["weights"]
+    for name, expected in one["state"].items():
+        torch.testing.assert_close(first["state"][name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_minibatches_that_cannot_be_sent_are_stepped_on_apart_after_a_warning(found: Any) -> None:
+    first, second = found("locked_steps")
+    torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
+    assert first["moved"] > 1e-3
+    told, silent = found.warnings("locked_steps")
+    assert [text for text in told if "cannot be sent" in text] == told
+    assert len(told) == 1
+    assert silent == []
+
+
 def test_streaming_metrics_of_two_processes_are_those_of_one(found: Any) -> None:
     (one,) = found("metrics", "one")
     assert len(one) == 12
@@ -261,10 +280,12 @@ def test_streaming_metrics_of_two_processes_are_those_of_one(found: Any) -> None
         assert result == pytest.approx(one, rel=1e-12)
 
 
-def test_weights_in_pieces_are_measured_whole_and_train_on_as_before(found: Any) -> None:
-    first, second = found("fully_sharded", "sharded")
+@pytest.mark.parametrize("kind", ["fully sharded", "tensor parallel"])
+def test_weights_in_pieces_are_measured_whole_and_train_on_as_before(found: Any, kind: str) -> None:
+    first, second = found(kind, "sharded")
     assert first["differs"] == second["differs"] == []
     assert first["pieces"]["0.weight"] == second["pieces"]["0.weight"] == (4, 16)  # of (8, 16): really cut
+    assert first["records"] == second["records"]
     torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
     measured_as(first, 0, network(), data(0, UNEVEN))
     measured_as(first, -1, network(first["state"]), data(0, UNEVEN))
