@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -29,6 +30,7 @@ from lightning_plasticity.metrics import (
     StableRank,
 )
 
+ACCELERATOR = os.environ.get("RANKS_ACCELERATOR", "cpu")
 UNEVEN = 11  # samples, for two ranks
 PIECES = {0: 7, 1: 4}  # of samples, where each rank has its own
 SIZES = {0: 5, 1: 3}  # of a rank's batches
@@ -60,7 +62,7 @@ def fits(
     torch.manual_seed(0)
     module, eyes = make(), Witness()
     for loader in loaders:
-        options = {"devices": 2, "strategy": "ddp"} | settings
+        options = {"accelerator": ACCELERATOR, "devices": 2, "strategy": "ddp"} | settings
         run = trainer([*callbacks, eyes], **options)
         run.fit(module, loader)
     plasticity = {k: float(v) for k, v in run.callback_metrics.items() if k.startswith("plasticity")}

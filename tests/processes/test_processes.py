@@ -39,10 +39,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def launch(base: Path) -> None:
+def launch(base: Path, accelerator: str = "cpu") -> None:
     root = HERE.parents[1]
     paths = os.pathsep.join(map(str, (root, HERE.parent, HERE)))
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "RANKS_ACCELERATOR": accelerator}
     with open(base / "log", "w") as log:
         command = [sys.executable, str(HERE / "worker.py"), str(base)]
         run = subprocess.Popen(
@@ -57,6 +57,11 @@ def launch(base: Path) -> None:
 
 @pytest.fixture(scope="module")
 def found(directory: Path) -> Any:
+    """What the ranks on the CPU returned."""
+    return reader(directory)
+
+
+def reader(directory: Path) -> Any:
     """``found(scenario)``: what each rank returned; a scenario that raised or hung fails its tests."""
     ranks = {kind: [directory / f"{kind}_{rank}.pt" for rank in range(n)] for kind, n in KINDS.items()}
     log = (directory / "log").read_text()[-2000:]
@@ -296,6 +301,15 @@ def test_separate_steps_on_pieces_are_refused_and_penalties_act(found: Any) -> N
         assert "EffectiveRank got ModelParallelStrategy" in result["said"]
         assert "mode='loss'" in result["said"]
         assert result["losses"] != result["plain"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_cuda_devices_agree_as_two_processes_on_the_cpu_do(tmp_path: Path) -> None:
+    launch(tmp_path, "cuda")
+    found = reader(tmp_path)
+    for scenario in ("map_style", "stream", "fails on 1", "no_data"):
+        same_on_both(found(scenario))
 
 
 def test_problem_sizes_are_what_these_tests_assume() -> None:
