@@ -120,7 +120,7 @@ def piece(rank: int) -> TensorDataset:
 
 def pieces(rank: int, directory: Path) -> Any:
     """Each rank has a dataset of its own."""
-    loaders = [DataLoader(piece(rank), batch_size=2, drop_last=True)]
+    loaders = [DataLoader(piece(rank), batch_size=2, shuffle=True)]
     settings = {"use_distributed_sampler": False, "limit_train_batches": 2}
     few = FeatureRankMonitor(probe_samples=6, name="few", on_error="raise")
     return both(rank, lambda: loaders, [*pair(on_error="raise"), few], **settings)
