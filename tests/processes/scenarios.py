@@ -113,6 +113,18 @@ def stream(rank: int, directory: Path) -> Any:
     return both(rank, lambda: [DataLoader(Stream(rank), batch_size=None)], pair(on_error="raise"))
 
 
+def resumed(rank: int, directory: Path) -> Any:
+    """Cut in the middle of a task, and gone on with from rank zero's checkpoint."""
+    save = ModelCheckpoint(directory, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fits(rank, [DataLoader(Stream(rank), batch_size=None)], [*pair(on_error="raise"), save], enable_checkpointing=True)
+    callbacks = pair(on_error="raise")
+    run = trainer(callbacks, accelerator=ACCELERATOR, devices=2, strategy="ddp")
+    module = Classifier(mlp())
+    run.fit(module, DataLoader(Stream(rank), batch_size=None), ckpt_path=directory / "step=1.ckpt")
+    found = [record.to_dict() for callback in callbacks for record in callback.records]
+    return {"records": found, "state": {name: tensor.clone() for name, tensor in module.net.state_dict().items()}}
+
+
 def piece(rank: int) -> TensorDataset:
     inputs, labels = data(0, UNEVEN)
     return TensorDataset(*((inputs[:7], labels[:7]) if rank == 0 else (inputs[7:], labels[7:])))
@@ -378,6 +390,7 @@ def refused(rank: int, directory: Path) -> Any:
 DDP = {
     "map_style": map_style,
     "stream": stream,
+    "resumed": resumed,
     "pieces": pieces,
     "held_out": held_out,
     "fails on 1": partial(failing, FailsOn),

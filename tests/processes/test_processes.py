@@ -131,6 +131,12 @@ def measured_as(result: Any, index: int, net: nn.Module, batch: tuple[Tensor, Te
         assert features[key.format("dead_units")][0] == pytest.approx(float(dead))
 
 
+def first_batches() -> tuple[Tensor, Tensor]:
+    """Of both ranks' streams."""
+    first, second = data(10, 5), data(11, 3)
+    return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
+
+
 def test_ddp_measures_one_datasets_samples_as_one_process_does(found: Any) -> None:
     results = found("map_style")
     same_on_both(results)
@@ -160,12 +166,18 @@ def test_files_and_loggers_are_written_by_rank_zero_only(found: Any, directory: 
 def test_ranks_with_batches_of_their_own_measure_all_of_them(found: Any) -> None:
     results = found("stream")
     same_on_both(results)
-    first, second = data(10, 5), data(11, 3)
-    joined = (torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]]))
-    measured_as(results[0], 0, network(), joined)
-    measured_as(results[0], -1, network(results[0]["state"]), joined)
+    measured_as(results[0], 0, network(), first_batches())
+    measured_as(results[0], -1, network(results[0]["state"]), first_batches())
     assert results[0]["outcome"]["batches"] != results[1]["outcome"]["batches"]
     assert results[0]["records"][0]["settings"]["data"] == "first batch, of 2 processes"
+
+
+def test_a_run_resumed_inside_a_task_ends_it_on_all_ranks_first_batches(found: Any) -> None:
+    first, second = found("resumed")
+    assert first["records"] == second["records"]
+    seen = [(record["phase"], record["settings"]["data"], record["failure"]) for record in first["records"]]
+    assert seen == 2 * [(phase, "first batch, of 2 processes", None) for phase in ("start", "end")]
+    measured_as(first, -1, network(first["state"]), first_batches())
 
 
 def test_datasets_sharded_by_hand_are_measured_together_and_in_proportion(found: Any) -> None:
