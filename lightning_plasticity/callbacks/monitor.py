@@ -196,8 +196,9 @@ class BoundaryMonitor(FewHooks):
         """The records, in plain Python, and a first batch that cannot be fetched again for the task's end."""
         state: dict[str, Any] = {"records": [record.to_dict() for record in self.records]}
         probe = self._probe
-        if probe is not None and probe.source == FIRST_BATCH and "end" in self.when and is_plain(probe.batches):
-            state["probe"] = (self._probed_task, probe.batches)
+        first = probe is not None and probe.source.startswith(FIRST_BATCH)  # of this process, or of all
+        if probe is not None and first and "end" in self.when and is_plain(probe.batches):
+            state["probe"] = (self._probed_task, probe.batches, probe.source)
         return state
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -210,8 +211,8 @@ class BoundaryMonitor(FewHooks):
             return
         self.records = [TaskRecord.from_dict(plain) for plain in state_dict["records"]]
         if "probe" in state_dict:
-            self._probed_task, batches = state_dict["probe"]
-            self._probe = Probe(list(batches), FIRST_BATCH)
+            self._probed_task, batches, source = state_dict["probe"]
+            self._probe = Probe(list(batches), source)
 
     def _made_state_key(self) -> str:
         named = {} if self.name is None else {"name": self.name}
@@ -273,9 +274,9 @@ class BoundaryMonitor(FewHooks):
 
     def _agreed(self, measurement: Measurement, seconds: float) -> tuple[Measurement, float]:
         """Rank zero's numbers on all ranks, with what failed on any; only rank zero keeps what it saves."""
-        mine = (measurement.values, measurement.settings, measurement.failures, seconds, self.plans())
+        mine = measurement
         try:
-            ranks = exchange(mine)
+            ranks = exchange(lambda: (mine.values, mine.settings, mine.failures, seconds, self.plans()))
         except MeasurementError as error:
             return Measurement(failures={"": str(error)}), seconds
         values, settings, _, seconds, plans = ranks[0]

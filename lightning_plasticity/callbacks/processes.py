@@ -38,14 +38,14 @@ def describe(error: Exception) -> str:
     return str(error) if isinstance(error, MeasurementError) else f"{type(error).__name__}: {error}"
 
 
-def exchange(value: Any) -> list[Any]:
-    """What every rank gave, by rank; a collective.
+def exchange(give: Callable[[], Any]) -> list[Any]:
+    """What ``give`` returned on every rank, by rank; a collective that a rank reaches also when it has nothing to give.
 
     Raises:
-        MeasurementError: on all ranks, when the value of one cannot be pickled.
+        MeasurementError: on all ranks, when ``give`` raised on one or what it gave cannot be pickled.
     """
     try:
-        sent: bytes | str = pickle.dumps(value)
+        sent: bytes | str = pickle.dumps(give())
     except Exception as error:
         sent = f"a value cannot be sent to the other processes ({describe(error)})"
     received: list[Any] = [None] * torch.distributed.get_world_size()
@@ -67,7 +67,7 @@ def shared_probe(trainer: Any, pl_module: Any, fetch: Callable[[], Probe], limit
     """The same probe data on all ranks.
 
     Ranks that read the same samples of one dataset keep theirs. Where they differ (streams, data sharded by hand) all
-    get all ranks' samples, rank after rank; of datasets each rank gives its share of ``limit`` samples.
+    get all ranks' samples once, rank after rank; of datasets each rank gives its share of ``limit`` samples.
 
     Raises:
         MeasurementError: on all ranks, when one could not fetch its own.
@@ -75,18 +75,20 @@ def shared_probe(trainer: Any, pl_module: Any, fetch: Callable[[], Probe], limit
     if not several(trainer):
         return fetch()
     probe, own, error = _attempt(fetch)
-    found = exchange((own, error))
+    found = exchange(lambda: (own, error))
     _raise_together([error for _, error in found])
     assert probe is not None
-    if len({own for own, _ in found}) == 1:
+    prints = [own for own, _ in found]
+    if len(set(prints)) == 1:
         return probe
     # Each in batches of the training loader's size: a step may want those, and one rank cannot try again alone.
     probe, _, error = _attempt(probe.smaller) if probe.smaller is not None else (probe, None, None)
-    sent = None if probe is None else [map_tensors(batch, lambda t: t.detach().cpu()) for batch in probe.batches]
-    parts = exchange((sent, error))
+    new = prints.index(own) == torch.distributed.get_rank()  # ranks of one tensor-parallel group have the same batches
+    mine = [] if probe is None or not new else probe.batches
+    parts = exchange(lambda: (on_cpu(mine), error))
     _raise_together([error for _, error in parts])
     assert probe is not None
-    batches = [list(part) for part, _ in parts]
+    batches = [part for part, _ in parts if part]
     total = sum(num_samples(part) for part in batches)
     if probe.source.startswith(TRAINING_DATASET) and total > limit:
         batches = [first_samples(part, max(1, limit * num_samples(part) // total)) for part in batches]
@@ -95,13 +97,18 @@ def shared_probe(trainer: Any, pl_module: Any, fetch: Callable[[], Probe], limit
     return Probe(joined, f"{probe.source}, of {len(parts)} processes")
 
 
+def on_cpu(batches: Sequence[Any]) -> list[Any]:
+    """Copies that can be sent."""
+    return [map_tensors(batch, lambda t: t.detach().cpu()) for batch in batches]
+
+
 def joined_batches(batches: Sequence[Any], device: torch.device) -> list[Any]:
     """All ranks' minibatches, rank after rank; a collective.
 
     Raises:
         MeasurementError: on all ranks, when those of one cannot be pickled.
     """
-    parts = exchange([map_tensors(batch, lambda t: t.detach().cpu()) for batch in batches])
+    parts = exchange(lambda: on_cpu(batches))
     return [map_tensors(batch, lambda t: t.to(device)) for part in parts for batch in part]
 
 

@@ -172,7 +172,7 @@ class TaskTracker(FewHooks):
         label = plain_label(self._chosen.label(trainer, pl_module))
         if type(self._chosen).label is not TaskSchedule.label and several(trainer):
             # Labels may come from batches, and ranks have different ones: boundaries are where rank zero sees them.
-            found = exchange((label, self._state.new_task))
+            found = exchange(lambda: (label, self._state.new_task))
             label, self._state.new_task = found[0][0], any(asked for _, asked in found)
         if self._begins_task(label):
             if self._state.in_task:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
-from runs import Classifier, Witness, data, mlp, outcome, trainer
+from runs import Classifier, Witness, data, leaves, mlp, outcome, trainer
 from small_fits import Net
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
@@ -29,6 +30,7 @@ from lightning_plasticity.metrics import (
     StableRank,
 )
 
+ACCELERATOR = os.environ.get("RANKS_ACCELERATOR", "cpu")
 UNEVEN = 11  # samples, for two ranks
 PIECES = {0: 7, 1: 4}  # of samples, where each rank has its own
 SIZES = {0: 5, 1: 3}  # of a rank's batches
@@ -60,7 +62,7 @@ def fits(
     torch.manual_seed(0)
     module, eyes = make(), Witness()
     for loader in loaders:
-        options = {"devices": 2, "strategy": "ddp"} | settings
+        options = {"accelerator": ACCELERATOR, "devices": 2, "strategy": "ddp"} | settings
         run = trainer([*callbacks, eyes], **options)
         run.fit(module, loader)
     plasticity = {k: float(v) for k, v in run.callback_metrics.items() if k.startswith("plasticity")}
@@ -111,6 +113,18 @@ def stream(rank: int, directory: Path) -> Any:
     return both(rank, lambda: [DataLoader(Stream(rank), batch_size=None)], pair(on_error="raise"))
 
 
+def resumed(rank: int, directory: Path) -> Any:
+    """Cut in the middle of a task, and gone on with from rank zero's checkpoint."""
+    save = ModelCheckpoint(directory, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fits(rank, [DataLoader(Stream(rank), batch_size=None)], [*pair(on_error="raise"), save], enable_checkpointing=True)
+    callbacks = pair(on_error="raise")
+    run = trainer(callbacks, accelerator=ACCELERATOR, devices=2, strategy="ddp")
+    module = Classifier(mlp())
+    run.fit(module, DataLoader(Stream(rank), batch_size=None), ckpt_path=directory / "step=1.ckpt")
+    found = [record.to_dict() for callback in callbacks for record in callback.records]
+    return {"records": found, "state": {name: tensor.clone() for name, tensor in module.net.state_dict().items()}}
+
+
 def piece(rank: int) -> TensorDataset:
     inputs, labels = data(0, UNEVEN)
     return TensorDataset(*((inputs[:7], labels[:7]) if rank == 0 else (inputs[7:], labels[7:])))
@@ -118,7 +132,7 @@ def piece(rank: int) -> TensorDataset:
 
 def pieces(rank: int, directory: Path) -> Any:
     """Each rank has a dataset of its own."""
-    loaders = [DataLoader(piece(rank), batch_size=2, drop_last=True)]
+    loaders = [DataLoader(piece(rank), batch_size=2, shuffle=True)]
     settings = {"use_distributed_sampler": False, "limit_train_batches": 2}
     few = FeatureRankMonitor(probe_samples=6, name="few", on_error="raise")
     return both(rank, lambda: loaders, [*pair(on_error="raise"), few], **settings)
@@ -195,7 +209,7 @@ class Slow(Classifier):
     """Slow on one rank, so that timed trials come out differently there."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
-        time.sleep(0.01 * self.trainer.global_rank)
+        time.sleep(0.03 * self.trainer.global_rank)
         return super().training_step(batch, batch_idx)
 
 
@@ -245,15 +259,51 @@ def regularised(kind: str, batch_size: int, rank: int, directory: Path, **settin
     # Lightning's own sampler would shuffle.
     dealt = DistributedSampler(samples, num_replicas=6 // batch_size, rank=rank, shuffle=False)
     loader = DataLoader(samples, batch_size=batch_size, sampler=dealt)
-    settings["use_distributed_sampler"] = False
     callbacks = []
     if kind == "callback":
         callbacks = [Regularization.l2er(rank_strength=0.3, rank_every_n_steps=2, l2_strength=1e-2)]
-    return fits(rank, [loader], callbacks, MixedNet if kind == "mixin" else Net, **settings)
+    return fits(rank, [loader], callbacks, MixedNet if kind == "mixin" else Net, **BY_HAND, **settings)
 
 
 class MixedNet(L2ERMixin, Net):
     rank_strength, rank_every_n_steps, l2_strength = 0.3, 2, 1e-2
+
+
+class OnlyRankSteps(L2ERMixin, Net):
+    """Moved by the separate steps alone."""
+
+    rank_strength, rank_every_n_steps, l2_strength = 0.3, 1, 0.0
+
+    def loss(self, batch: Any) -> Any:
+        return super().loss(batch[:2])
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def minibatches(rank: int) -> list[Any]:
+    return [(inputs[:, :4], labels) for inputs, labels in Stream(rank)]
+
+
+def uneven_steps(rank: int, directory: Path, alone: bool = False, **settings: Any) -> Any:
+    own = minibatches(rank)
+    if alone:
+        pairs = zip(minibatches(0), minibatches(1), strict=True)
+        own = [tuple(torch.cat(parts) for parts in zip(*pair, strict=True)) for pair in pairs]
+    return fits(rank, [DataLoader(own, batch_size=None)], [], OnlyRankSteps, **BY_HAND, **settings)
+
+
+def locked_steps(rank: int, directory: Path) -> Any:
+    """Minibatches that cannot be sent."""
+    own = [(*batch, Locked()) for batch in minibatches(rank)]
+    torch.manual_seed(0)
+    module = OnlyRankSteps()
+    trainer(devices=2, strategy="ddp", **BY_HAND).fit(module, DataLoader(own, batch_size=None))
+    moved = [float((a - b).abs().max()) for a, b in zip(module.parameters(), Net().parameters(), strict=True)]
+    return {"weights": {name: p.detach() for name, p in module.named_parameters()}, "moved": max(moved)}
+
+
+BY_HAND = {"use_distributed_sampler": False}
 
 
 def metrics(rank: int | None, directory: Path) -> Any:
@@ -290,27 +340,37 @@ class Sharded(Classifier):
         fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
 
-def sharded_run(callbacks: Sequence[Any]) -> dict[str, Any]:
-    from runs import leaves
+class TensorParallel(Classifier):
+    """Two layers cut along their features."""
 
+    def configure_model(self) -> None:
+        from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+        if self.device_mesh is not None and not hasattr(self.net[0].weight, "full_tensor"):
+            plan = {"0": ColwiseParallel(), "2": RowwiseParallel()}
+            parallelize_module(self.net, self.device_mesh["tensor_parallel"], plan)
+
+
+def sharded_run(callbacks: Sequence[Any], kind: type[Classifier] = Sharded) -> dict[str, Any]:
     torch.manual_seed(0)
-    module = Sharded(mlp(), lr=0.02)
-    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-    run = trainer(callbacks, devices=2, strategy=strategy)
+    module = kind(mlp(), lr=0.02)
+    sizes = (2, 1) if kind is Sharded else (1, 2)
+    run = trainer(callbacks, devices=2, strategy=ModelParallelStrategy(*sizes))
     run.fit(module, DataLoader(dataset(), batch_size=4))
-    cut = dict(module.net.state_dict())
+    state = dict(module.net.state_dict())
+    mine = {name: tensor.to_local() if hasattr(tensor, "to_local") else tensor for name, tensor in state.items()}
     return {
-        "mine": {name: leaves(tensor.to_local()) for name, tensor in cut.items()},
+        "mine": leaves(mine),
         "losses": repr(module.losses),
         "rng": leaves(torch.get_rng_state()),
-        "state": {name: tensor.full_tensor() for name, tensor in cut.items()},
+        "state": {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in state.items()},
         "records": [r.to_dict() for c in callbacks for r in getattr(c, "records", [])],
-        "pieces": {name: tuple(tensor.to_local().shape) for name, tensor in cut.items()},
+        "pieces": {name: tuple(tensor.shape) for name, tensor in mine.items()},
     }
 
 
-def fully_sharded(rank: int, directory: Path) -> Any:
-    plain, watched = sharded_run([]), sharded_run(pair(on_error="raise"))
+def in_pieces(kind: type[Classifier], rank: int, directory: Path) -> Any:
+    plain, watched = sharded_run([], kind), sharded_run(pair(on_error="raise"), kind)
     return watched | {"differs": [key for key in ("mine", "losses", "rng") if plain[key] != watched[key]]}
 
 
@@ -330,6 +390,7 @@ def refused(rank: int, directory: Path) -> Any:
 DDP = {
     "map_style": map_style,
     "stream": stream,
+    "resumed": resumed,
     "pieces": pieces,
     "held_out": held_out,
     "fails on 1": partial(failing, FailsOn),
@@ -343,13 +404,20 @@ DDP = {
     "mixin": partial(regularised, "mixin", 3),
     "callback": partial(regularised, "callback", 3),
     "unregularised": partial(regularised, "none", 3),
+    "uneven_steps": uneven_steps,
+    "locked_steps": locked_steps,
     "metrics": metrics,
 }
-SHARDED = {"fully_sharded": fully_sharded, "refused": refused}
+SHARDED = {
+    "fully sharded": partial(in_pieces, Sharded),
+    "tensor parallel": partial(in_pieces, TensorParallel),
+    "refused": refused,
+}
 ALONE = {"devices": 1, "strategy": "auto"}
 ONE = {
     "mixin": partial(regularised, "mixin", 6, **ALONE),
     "callback": partial(regularised, "callback", 6, **ALONE),
     "unregularised": partial(regularised, "none", 6, **ALONE),
+    "uneven_steps": partial(uneven_steps, alone=True, **ALONE),
     "metrics": lambda rank, directory: metrics(None, directory),
 }

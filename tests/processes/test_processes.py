@@ -39,10 +39,10 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def launch(base: Path) -> None:
+def launch(base: Path, accelerator: str = "cpu") -> None:
     root = HERE.parents[1]
     paths = os.pathsep.join(map(str, (root, HERE.parent, HERE)))
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "RANKS_ACCELERATOR": accelerator}
     with open(base / "log", "w") as log:
         command = [sys.executable, str(HERE / "worker.py"), str(base)]
         run = subprocess.Popen(
@@ -57,6 +57,11 @@ def launch(base: Path) -> None:
 
 @pytest.fixture(scope="module")
 def found(directory: Path) -> Any:
+    """What the ranks on the CPU returned."""
+    return reader(directory)
+
+
+def reader(directory: Path) -> Any:
     """``found(scenario)``: what each rank returned; a scenario that raised or hung fails its tests."""
     ranks = {kind: [directory / f"{kind}_{rank}.pt" for rank in range(n)] for kind, n in KINDS.items()}
     log = (directory / "log").read_text()[-2000:]
@@ -126,6 +131,12 @@ def measured_as(result: Any, index: int, net: nn.Module, batch: tuple[Tensor, Te
         assert features[key.format("dead_units")][0] == pytest.approx(float(dead))
 
 
+def first_batches() -> tuple[Tensor, Tensor]:
+    """Of both ranks' streams."""
+    first, second = data(10, 5), data(11, 3)
+    return torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]])
+
+
 def test_ddp_measures_one_datasets_samples_as_one_process_does(found: Any) -> None:
     results = found("map_style")
     same_on_both(results)
@@ -155,12 +166,18 @@ def test_files_and_loggers_are_written_by_rank_zero_only(found: Any, directory: 
 def test_ranks_with_batches_of_their_own_measure_all_of_them(found: Any) -> None:
     results = found("stream")
     same_on_both(results)
-    first, second = data(10, 5), data(11, 3)
-    joined = (torch.cat([first[0], second[0]]), torch.cat([first[1], second[1]]))
-    measured_as(results[0], 0, network(), joined)
-    measured_as(results[0], -1, network(results[0]["state"]), joined)
+    measured_as(results[0], 0, network(), first_batches())
+    measured_as(results[0], -1, network(results[0]["state"]), first_batches())
     assert results[0]["outcome"]["batches"] != results[1]["outcome"]["batches"]
     assert results[0]["records"][0]["settings"]["data"] == "first batch, of 2 processes"
+
+
+def test_a_run_resumed_inside_a_task_ends_it_on_all_ranks_first_batches(found: Any) -> None:
+    first, second = found("resumed")
+    assert first["records"] == second["records"]
+    seen = [(record["phase"], record["settings"]["data"], record["failure"]) for record in first["records"]]
+    assert seen == 2 * [(phase, "first batch, of 2 processes", None) for phase in ("start", "end")]
+    measured_as(first, -1, network(first["state"]), first_batches())
 
 
 def test_datasets_sharded_by_hand_are_measured_together_and_in_proportion(found: Any) -> None:
@@ -254,6 +271,25 @@ def test_the_separate_rank_step_is_that_of_one_process_on_the_joined_minibatches
     assert max(float((one["state"][n] - plain["state"][n]).abs().max()) for n in plain["state"]) > 1e-2
 
 
+def test_minibatches_of_several_sizes_make_one_step(found: Any) -> None:
+    """Without any other update, the weights are those that one process steps to on all samples."""
+    (one,) = found("uneven_steps", "one")
+    first, second = found("uneven_steps")
+    assert first["outcome"]["weights"] == second["outcome"]["weights"]
+    for name, expected in one["state"].items():
+        torch.testing.assert_close(first["state"][name], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_minibatches_that_cannot_be_sent_are_stepped_on_apart_after_a_warning(found: Any) -> None:
+    first, second = found("locked_steps")
+    torch.testing.assert_close(first["weights"], second["weights"], rtol=0, atol=0)
+    assert first["moved"] > 1e-3
+    told, silent = found.warnings("locked_steps")
+    assert [text for text in told if "cannot be sent" in text] == told
+    assert len(told) == 1
+    assert silent == []
+
+
 def test_streaming_metrics_of_two_processes_are_those_of_one(found: Any) -> None:
     (one,) = found("metrics", "one")
     assert len(one) == 12
@@ -261,10 +297,12 @@ def test_streaming_metrics_of_two_processes_are_those_of_one(found: Any) -> None
         assert result == pytest.approx(one, rel=1e-12)
 
 
-def test_weights_in_pieces_are_measured_whole_and_train_on_as_before(found: Any) -> None:
-    first, second = found("fully_sharded", "sharded")
+@pytest.mark.parametrize("kind", ["fully sharded", "tensor parallel"])
+def test_weights_in_pieces_are_measured_whole_and_train_on_as_before(found: Any, kind: str) -> None:
+    first, second = found(kind, "sharded")
     assert first["differs"] == second["differs"] == []
     assert first["pieces"]["0.weight"] == second["pieces"]["0.weight"] == (4, 16)  # of (8, 16): really cut
+    assert first["records"] == second["records"]
     torch.testing.assert_close(first["state"], second["state"], rtol=0, atol=0)
     measured_as(first, 0, network(), data(0, UNEVEN))
     measured_as(first, -1, network(first["state"]), data(0, UNEVEN))
@@ -275,6 +313,15 @@ def test_separate_steps_on_pieces_are_refused_and_penalties_act(found: Any) -> N
         assert "EffectiveRank got ModelParallelStrategy" in result["said"]
         assert "mode='loss'" in result["said"]
         assert result["losses"] != result["plain"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_two_cuda_devices_agree_as_two_processes_on_the_cpu_do(tmp_path: Path) -> None:
+    launch(tmp_path, "cuda")
+    found = reader(tmp_path)
+    for scenario in ("map_style", "stream", "fails on 1", "no_data"):
+        same_on_both(found(scenario))
 
 
 def test_problem_sizes_are_what_these_tests_assume() -> None:

@@ -71,7 +71,7 @@ def test_on_cuda_ranks_measure_and_regularise_under_nccl() -> None:
     torch.cuda.set_device(0)
     torch.distributed.init_process_group("nccl", rank=0, world_size=1)
     try:
-        assert exchange({"a": 1}) == [{"a": 1}]
+        assert exchange(lambda: {"a": 1}) == [{"a": 1}]
         batch = (torch.ones(2, 3, device="cuda"), torch.zeros(2, device="cuda"))
         (joined,) = joined_batches([batch], torch.device("cuda", 0))
         assert joined[0].device.type == "cuda"
