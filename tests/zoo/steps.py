@@ -93,13 +93,30 @@ class ManualClosure(ManualOne):
 
 
 class RawBackward(ManualOne):
-    """``loss.backward()`` past Lightning: the gradients show, but not the loss."""
+    """``loss.backward()`` past Lightning."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         self.loss(batch).backward()
         optimizer.step()
+
+
+class Attack(Small):
+    """Moves its inputs along the sign of their gradient, which a raw ``backward`` leaves in ``x.grad``."""
+
+    def loss(self, batch: Any) -> Tensor:
+        x = batch[0].clone().requires_grad_(True)
+        super().loss((x, batch[1])).backward()
+        self.net.zero_grad()
+        assert x.grad is not None
+        return super().loss(((x + 0.1 * x.grad.sign()).detach(), batch[1]))
+
+
+def attacked(module: Any, batch: Any) -> Any:
+    x = batch[0].clone().requires_grad_(True)
+    (slope,) = torch.autograd.grad(nll(module.net(x), batch[1]), x)
+    return under_nll(module.net((x + 0.1 * slope.sign()).detach()), batch[1])
 
 
 class InnerLoader(ManualOne):
@@ -365,7 +382,8 @@ KINDS = [
     Kind("two losses, named", Named, pairs, Expectation(by_net)),
     Kind("manual optimization", ManualOne, pairs, Expectation(by_net)),
     Kind("manual optimization, closure", ManualClosure, pairs, Expectation(by_net)),
-    Kind("raw backward", RawBackward, pairs, Expectation(warned={"ggn, hessian": "returned no loss.*curvature_loss"})),
+    Kind("raw backward", RawBackward, pairs, Expectation(by_net)),
+    Kind("attack", Attack, pairs, Expectation(attacked)),
     Kind("inner loader", InnerLoader, pairs, Expectation(
         lambda module, batch: whole(by_net(module, batch)[1](module.net(batch[0])) + sum(
             nll(module.net(x.double()), y) / 2 for x, y in module.support
