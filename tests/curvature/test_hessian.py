@@ -94,7 +94,9 @@ def test_sixteen_bits_are_not_taken_for_a_wrong_double_backward(dtype, method):
     inputs, targets = classes(20, 4, 3)
     data = inputs.to(dtype), targets
     smooth = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 3))
-    normed = nn.Sequential(nn.Linear(4, 20), nn.ReLU(), nn.LayerNorm(20), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 3))
+    normed = nn.Sequential(
+        nn.Linear(4, 20), nn.ReLU(), nn.LayerNorm(20), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 3)
+    )
     for net in (smooth, normed, CubeNet(Cube)):
         hessian_spectrum(net.to(dtype), F.cross_entropy, data, method=method, num_steps=20)
     with pytest.raises(MeasurementError, match="not symmetric"):

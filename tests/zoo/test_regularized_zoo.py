@@ -9,12 +9,12 @@ import lightning as L
 import pytest
 import torch
 from torch import Tensor
-from zoo import KINDS, Kind
-from zoo.runner import run
 
 from lightning_plasticity import L2, EffectiveRank, L2ERMixin, Regularization
 from lightning_plasticity.nn import is_measuring
 from lightning_plasticity.regularization import Regularizer
+from zoo import KINDS, Kind
+from zoo.runner import run
 
 PENALTY = 0.25
 
