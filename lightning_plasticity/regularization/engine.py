@@ -276,7 +276,7 @@ def _eagerly(function: Callable[[], Result]) -> Result:
     """Call a function outside of compiled code, where the training step that it is called from is compiled."""
     if "torch._dynamo" not in sys.modules:
         return function()
-    outside: Callable[[], Result] = torch.compiler.disable(function)
+    outside: Callable[[], Result] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
     return outside()
 
 

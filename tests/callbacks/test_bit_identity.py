@@ -321,7 +321,7 @@ def test_resumed_inside_a_task(source: str, tmp_path: Path) -> None:
         keep = ModelCheckpoint(tmp_path, filename=f"{len(callbacks)}-{{epoch}}", save_top_k=-1)
         last = trainer([SeedEachBatch(), *callbacks, witness, keep], max_epochs=epochs, enable_checkpointing=True)
         last.fit(module, batches(), ckpt_path=checkpoint)
-        return outcome(module, witness, last) | {"losses": None, "batches": None}
+        return outcome(module, witness, last) | {"losses": None, "batches": None, "attributes": None}
 
     whole = run([], 3)
     run(first := monitors(), 1)
