@@ -88,7 +88,9 @@ def attributes(module: nn.Module) -> dict[str, Any]:
             return "seen"
         seen.add(id(value))
         if isinstance(value, dict):
-            return [(repr(key) if isinstance(key, str | int) else type(key).__name__, plain(v)) for key, v in value.items()]
+            return [
+                (repr(key) if isinstance(key, str | int) else type(key).__name__, plain(v)) for key, v in value.items()
+            ]
         if isinstance(value, list | tuple | deque):
             return [plain(item) for item in value]
         if isinstance(value, set):

@@ -41,6 +41,6 @@ def differentiated_twice(what: str) -> Iterator[None]:
         if isinstance(error, MeasurementError) or not _ONCE_ONLY.search(str(error)):
             raise
         raise MeasurementError(
-            f"{what} cannot be differentiated twice: {str(error).rstrip('.')}. Write the operation with ones that can, in "
-            "the network or in curvature_loss(batch); the NTK needs no second derivative."
+            f"{what} cannot be differentiated twice: {str(error).rstrip('.')}. Write the operation with ones that can, "
+            "in the network or in curvature_loss(batch); the NTK needs no second derivative."
         ) from error

@@ -1,4 +1,4 @@
-"""Operations of torch whose second derivative is missing or wrong, replaced by ones that can be differentiated twice."""
+"""Operations of torch whose second derivative is missing or wrong, in forms that can be differentiated twice."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WEIGHT_NORM = sys.modules["torch.nn.utils.weight_norm"]  # the function of that
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
-    """Replace, until the context ends:
+    """Replace what torch differentiates once only, until the context ends.
 
     - reentrant activation checkpointing, which hides the parameters inside from ``torch.autograd.grad`` (an error, or
       silently no gradient), by the kind that is not reentrant;

@@ -190,7 +190,7 @@ def _silence(
 
 
 def _make_gradients_dense(module: nn.Module) -> None:
-    """Sparse gradients of lookup tables cannot be differentiated, or joined with others; the forward pass is the same."""
+    """Sparse gradients of lookup tables cannot be differentiated or joined with others; the forward pass stays."""
     for submodule in module.modules():
         if isinstance(submodule, nn.Embedding | nn.EmbeddingBag):
             submodule.sparse = False

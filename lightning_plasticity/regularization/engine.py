@@ -6,21 +6,24 @@ Used the same way by the callback, by the mixin and by a training loop of one's 
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.nn import FeatureTaps, HiddenLayer, find_hidden_layers, named_layers, undisturbed
 from lightning_plasticity.nn.batches import clone_batch, is_plain, join_batches
+from lightning_plasticity.nn.raw_backward import noting_backward
 from lightning_plasticity.regularization.base import Regularizer, check_names
 from lightning_plasticity.regularization.initial_weights import InitialWeights
 
 Run = Callable[[Any], object]
 Reduce = Callable[[Tensor], Tensor]
+Result = TypeVar("Result")
 Live = Callable[[], Mapping[str, Any]]
 Gather = Callable[[Sequence[Any]], Sequence[Any]]
 
@@ -64,7 +67,8 @@ class RegularizationEngine:
             yield
             return
         layers = {layer.name: layer for r in wanted for layer in self._layers_of(r, module, run, live)}
-        with FeatureTaps(module, list(layers.values())) as taps:
+        # A step that calls backward itself (an attack on its inputs) must not free the graphs that penalties need.
+        with FeatureTaps(module, list(layers.values())) as taps, noting_backward([]):
             self._taps = taps
             try:
                 yield
@@ -234,8 +238,7 @@ class RegularizationEngine:
             if isinstance(regularizer.layers, list):
                 found = named_layers(module, regularizer.layers)
             else:
-                with undisturbed(module, **live()):
-                    found = find_hidden_layers(module, run)
+                found = _eagerly(lambda: _found_in(module, run, live))
                 found = found if regularizer.layers is None else found[-regularizer.layers :]
             self._layers[index] = found
         return self._layers[index]
@@ -262,6 +265,19 @@ class RegularizationEngine:
         self.num_steps = int(state["num_steps"])
         self._window = list(state["window"])
         self.initial_weights.load_state_dict(state.get("initial_weights", {}))
+
+
+def _found_in(module: nn.Module, run: Callable[[], object], live: Live) -> list[HiddenLayer]:
+    with undisturbed(module, **live()):
+        return find_hidden_layers(module, run)
+
+
+def _eagerly(function: Callable[[], Result]) -> Result:
+    """Call a function outside of compiled code, where the training step that it is called from is compiled."""
+    if "torch._dynamo" not in sys.modules:
+        return function()
+    outside: Callable[[], Result] = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return outside()
 
 
 def _checked(regularizers: Sequence[Regularizer]) -> list[Regularizer]:

@@ -87,6 +87,31 @@ def test_products_equal_the_dense_hessian(activation):
     assert_same_eigenvalues(hessian_spectrum(net, F.cross_entropy, data), dense, rtol=1e-9)
 
 
+@pytest.mark.parametrize("method", ["exact", "lanczos"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_are_not_taken_for_a_wrong_double_backward(dtype, method):
+    torch.manual_seed(0)
+    inputs, targets = classes(20, 4, 3)
+    data = inputs.to(dtype), targets
+    smooth = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 16), nn.GELU(), nn.Linear(16, 3))
+    normed = nn.Sequential(
+        nn.Linear(4, 20), nn.ReLU(), nn.LayerNorm(20), nn.Linear(20, 20), nn.ReLU(), nn.Linear(20, 3)
+    )
+    for net in (smooth, normed, CubeNet(Cube)):
+        hessian_spectrum(net.to(dtype), F.cross_entropy, data, method=method, num_steps=20)
+    with pytest.raises(MeasurementError, match="not symmetric"):
+        hessian_spectrum(CubeNet(CubeOnce).to(dtype), F.cross_entropy, data, method=method, num_steps=20)
+
+
+def test_a_loss_without_a_second_derivative_is_named():
+    net, (inputs, targets) = mlp(4, 5, 3), classes(9, 4, 3)
+    message = r"cannot be differentiated twice: derivative for aten::multi_margin_loss_backward is not implemented\."
+    for measure in (hessian_spectrum, ggn_spectrum):
+        with pytest.raises(MeasurementError, match=message):
+            measure(net, nn.MultiMarginLoss(), (inputs, targets))
+    assert ntk_spectrum(net, nn.MultiMarginLoss(), (inputs, targets)).max_abs > 0  # as the message says
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_wrong_double_backward_is_refused(dtype):
     torch.manual_seed(0)
@@ -97,7 +122,7 @@ def test_wrong_double_backward_is_refused(dtype):
         hessian_spectrum(CubeNet(CubeOnce).to(dtype), F.cross_entropy, data)
     with pytest.raises(MeasurementError, match="not symmetric"):  # here in the recurrence, there in the dense matrix
         hessian_spectrum(CubeNet(CubeOnce).to(dtype), F.cross_entropy, data, method="lanczos")
-    # Also where the outputs are not known, so that rounding cannot be told.
+    # Also where the outputs are not known.
     net = CubeNet(CubeOnce).to(dtype)
     with pytest.raises(MeasurementError, match="not symmetric"):
         hessian_spectrum(Stepping(net), None, data)

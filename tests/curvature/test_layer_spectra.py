@@ -4,6 +4,7 @@ import pytest
 import torch
 from problems import assert_same_eigenvalues, classes, cross_entropy, dense_ggn, dense_hessian, dense_ntk, expanded, mlp
 from torch import nn
+from torch.nn import functional as F
 
 from lightning_plasticity.curvature import layer_spectra
 from lightning_plasticity.curvature.gram import matrix as gram
@@ -97,3 +98,40 @@ def test_names_with_wildcards_in_them(matrix):
 def test_unknown_matrix():
     with pytest.raises(ValueError, match=r"matrix='fisher', expected one of \('ggn', 'ntk', 'hessian'\)"):
         layer_spectra(mlp(3, 2), cross_entropy, classes(4, 3, 2), matrix="fisher")
+
+
+class Shifted(nn.Module):
+    """Attention with a bias on its keys, and a bias before a batch norm: both leave the outputs as they are."""
+
+    def __init__(self):
+        super().__init__()
+        self.query, self.keys, self.shift = nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.Parameter(torch.randn(4))
+        self.last, self.norm, self.head = Shift(), nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        tokens = torch.stack([x, 2 * x, x.flip(1)], 1)
+        weights = torch.softmax(self.query(tokens) @ (self.keys(tokens) + self.shift).transpose(1, 2), -1)
+        return self.head(torch.tanh(self.norm(self.last((weights @ tokens).mean(1)))))
+
+
+class Shift(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.randn(4))
+
+    def forward(self, x):
+        return x + self.bias
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, lambda o, t: F.cross_entropy(o, t) * 1.5], ids=["known", "scaled"])
+def test_blocks_that_vanish_leave_the_others(loss):
+    # In exact arithmetic the blocks of the two shifts are zero: what is left of them is rounding, and not symmetric.
+    torch.manual_seed(0)
+    net, data = Shifted(), (torch.randn(20, 4), torch.randint(3, (20,)))
+    spectra = layer_spectra(net, loss, data, matrix="hessian", mode="as_is")
+    assert max(spectra[name].max_abs for name in ("", "last")) < 1e-6
+    truth = layer_spectra(net.double(), loss, (data[0].double(), data[1]), matrix="hessian", mode="as_is")
+    for name in set(truth) - {"", "last"}:
+        top = truth[name].max_abs
+        assert top > 1e-3
+        assert spectra[name].max_abs == pytest.approx(top, rel=1e-4)

@@ -1,4 +1,4 @@
-"""Small LightningModules of every kind that people write; ``KINDS`` holds (name, make_module, make_loaders, expectation)."""
+"""Small LightningModules of every kind; ``KINDS`` holds (name, make_module, make_loaders, expectation)."""
 
 from zoo.attributes import KINDS as ATTRIBUTES
 from zoo.base import Expectation, Kind

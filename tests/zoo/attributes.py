@@ -12,8 +12,23 @@ from torch.distributions import Categorical, Normal, kl_divergence
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, MeanSquaredError, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+
 from zoo.base import (
-    BATCH, CLASSES, HIDDEN, INPUTS, Expectation, Kind, Small, bare, by_net, mlp, nll, pairs, under_mse, under_nll, whole,
+    BATCH,
+    CLASSES,
+    HIDDEN,
+    INPUTS,
+    Expectation,
+    Kind,
+    Small,
+    bare,
+    by_net,
+    mlp,
+    nll,
+    pairs,
+    under_mse,
+    under_nll,
+    whole,
 )  # fmt: skip
 
 
@@ -156,8 +171,7 @@ UNKNOWN = {"ggn": "calls no loss function that is known"}
 KINDS = [
     Kind("metrics", WithMetric, pairs, Expectation(by_net)),
     Kind("metric as loss", MetricLoss, bare, Expectation(lambda m, x: under_mse(m.net(x), x), warned=UNKNOWN)),
-    Kind("containers", Keeps, pairs, Expectation(lambda m, b: (
-        m.net(b[0]), lambda out: nll(out, b[1])), end=False)),
+    Kind("containers", Keeps, pairs, Expectation(lambda m, b: (m.net(b[0]), lambda out: nll(out, b[1])), end=False)),
     Kind("augmentation", Augments, pairs, Expectation(augmented)),
     Kind("VAE", Vae, bare, Expectation(vae, told=("loss is not just the value of its mse_loss",), only="hessian")),
     Kind("policy gradient", Policy, pairs, Expectation(policy, warned=UNKNOWN)),

@@ -21,8 +21,9 @@ class Expectation:
     """What the monitors make of a kind of module.
 
     Attributes:
-        hand: ``(module in float64, all samples of a task in one batch) -> (outputs, loss as a function of them)``, written
-            without the training step; its dense second derivatives are the reference. None where nothing is measured.
+        hand: ``(module in float64, all samples of a task in one batch) -> (outputs, loss as a function of them)``,
+            written without the training step; its dense second derivatives are the reference. None where nothing is
+            measured.
         warned: a pattern of the one warning, by what is not measured: ``"ggn"``, ``"hessian"``, ``"features"``.
         told: patterns of warnings beside a number that is measured all the same.
         end: whether the reference also holds for the trained weights on the second task.

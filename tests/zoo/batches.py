@@ -11,8 +11,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import TensorDataset
+
 from zoo.base import (
-    CLASSES, Expectation, Kind, Samples, Small, bare, by_net, loader, nll, pairs, points, under_mse, under_nll,
+    CLASSES,
+    Expectation,
+    Kind,
+    Samples,
+    Small,
+    bare,
+    by_net,
+    loader,
+    nll,
+    pairs,
+    points,
+    under_mse,
+    under_nll,
 )  # fmt: skip
 
 Point = namedtuple("Point", ["x", "y"])

@@ -13,8 +13,21 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
 from zoo.base import (
-    CLASSES, HIDDEN, INPUTS, Expectation, Kind, Samples, Small, by_net, loader, mlp, pairs, points, under_nll,
+    CLASSES,
+    HIDDEN,
+    INPUTS,
+    Expectation,
+    Kind,
+    Samples,
+    Small,
+    by_net,
+    loader,
+    mlp,
+    pairs,
+    points,
+    under_nll,
 )  # fmt: skip
 
 NOT_SYMMETRIC = "not symmetric .*double backward is wrong"
@@ -320,10 +333,18 @@ UNKNOWN = {"ggn": "calls no loss function that is known"}
 
 KINDS = [
     Kind("function, right", small(lambda: Applied(Cube.apply)), pairs, Expectation(cubed)),
-    Kind("function, once", small(lambda: Applied(CubeOnce.apply)), pairs, Expectation(
-        cubed, warned={"hessian": NOT_SYMMETRIC})),
-    Kind("function, wrong", small(lambda: Applied(UnitWrong.apply)), pairs, Expectation(
-        normed, warned={"hessian": NOT_SYMMETRIC})),
+    Kind(
+        "function, once",
+        small(lambda: Applied(CubeOnce.apply)),
+        pairs,
+        Expectation(cubed, warned={"hessian": NOT_SYMMETRIC}),
+    ),
+    Kind(
+        "function, wrong",
+        small(lambda: Applied(UnitWrong.apply)),
+        pairs,
+        Expectation(normed, warned={"hessian": NOT_SYMMETRIC}),
+    ),
     Kind("packed LSTM", Packed, sequences, Expectation(one_by_one)),
     Kind("packed GRU", PackedGRU, sequences, Expectation(one_by_one)),
     Kind("fused attention", small(lambda: Positions(Scaled())), pairs, Expectation(attention_by_hand)),
@@ -338,8 +359,18 @@ KINDS = [
     Kind("checkpoint, reentrant", small(lambda: Checkpointed(True)), pairs, Expectation(unchecked)),
     Kind("checkpoint, reentrant segments", small(lambda: InSegments(True)), pairs, Expectation(unchecked)),
     Kind("convolution, BatchNorm, dropout", small(pictures), pairs, Expectation(by_eval)),
-    Kind("margin loss", Margin, pairs, Expectation(
-        warned={"ggn": "calls no loss function", "hessian": "cannot be differentiated twice: .*multi_margin_loss"})),
-    Kind("linear loss", Critic, pairs, Expectation(
-        lambda module, batch: (module.net(batch[0]), lambda out: out.mean()), warned=UNKNOWN)),
+    Kind(
+        "margin loss",
+        Margin,
+        pairs,
+        Expectation(
+            warned={"ggn": "calls no loss function", "hessian": "cannot be differentiated twice: .*multi_margin_loss"}
+        ),
+    ),
+    Kind(
+        "linear loss",
+        Critic,
+        pairs,
+        Expectation(lambda module, batch: (module.net(batch[0]), lambda out: out.mean()), warned=UNKNOWN),
+    ),
 ]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
 from zoo.base import CLASSES, HIDDEN, INPUTS, Expectation, Kind, Small, by_net, pairs, under_nll
 
 
@@ -107,11 +108,19 @@ KINDS = [
     Kind("frozen layer", Frozen, pairs, Expectation(by_net)),
     Kind("thaws later", ThawsLater, pairs, Expectation(by_net, end=False)),
     Kind("unused parameters", Unused, pairs, Expectation(by_net)),
-    Kind("two names", TwoNames, pairs, Expectation(
-        lambda m, b: under_nll(m.net[2](torch.tanh(m.net[0](torch.tanh(m.net[0](b[0]))))), b[1]))),
+    Kind(
+        "two names",
+        TwoNames,
+        pairs,
+        Expectation(lambda m, b: under_nll(m.net[2](torch.tanh(m.net[0](torch.tanh(m.net[0](b[0]))))), b[1])),
+    ),
     Kind("transposed weight", Transposed, pairs, Expectation(lambda m, b: under_nll(m.logits(b[0]), b[1]))),
-    Kind("raw parameters", Raw, pairs, Expectation(
-        lambda m, b: under_nll(m.logits(b[0]), b[1]), warned={"features": "No hidden layer was found"})),
+    Kind(
+        "raw parameters",
+        Raw,
+        pairs,
+        Expectation(lambda m, b: under_nll(m.logits(b[0]), b[1]), warned={"features": "No hidden layer was found"}),
+    ),
     Kind("compiled part", compiled_part, pairs, Expectation(bare_net)),
     Kind("compiled in place", compiled_in_place, pairs, Expectation(bare_net)),
     Kind("compiled whole", compiled_whole, pairs, Expectation(bare_net)),

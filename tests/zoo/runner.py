@@ -13,9 +13,9 @@ import torch
 from runs import run_tasks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, default_collate
-from zoo.base import Hand, Kind
 
 from lightning_plasticity import FeatureRankMonitor, HessianSpectrumMonitor
+from zoo.base import Hand, Kind
 
 QUANTITIES = ("ggn", "hessian")
 

@@ -9,9 +9,26 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
+
 from zoo.base import (
-    BATCH, CLASSES, HIDDEN, INPUTS, Expectation, Kind, Samples, Small, bare, by_net, loader, mlp, nll, pairs, points,
-    under_mse, under_nll, whole,
+    BATCH,
+    CLASSES,
+    HIDDEN,
+    INPUTS,
+    Expectation,
+    Kind,
+    Samples,
+    Small,
+    bare,
+    by_net,
+    loader,
+    mlp,
+    nll,
+    pairs,
+    points,
+    under_mse,
+    under_nll,
+    whole,
 )  # fmt: skip
 
 NO_OUTPUTS = "calls no loss function that is known here"
@@ -93,13 +110,30 @@ class ManualClosure(ManualOne):
 
 
 class RawBackward(ManualOne):
-    """``loss.backward()`` past Lightning: the gradients show, but not the loss."""
+    """``loss.backward()`` past Lightning."""
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         optimizer: Any = self.optimizers()
         optimizer.zero_grad()
         self.loss(batch).backward()
         optimizer.step()
+
+
+class Attack(Small):
+    """Moves its inputs along the sign of their gradient, which a raw ``backward`` leaves in ``x.grad``."""
+
+    def loss(self, batch: Any) -> Tensor:
+        x = batch[0].clone().requires_grad_(True)
+        super().loss((x, batch[1])).backward()
+        self.net.zero_grad()
+        assert x.grad is not None
+        return super().loss(((x + 0.1 * x.grad.sign()).detach(), batch[1]))
+
+
+def attacked(module: Any, batch: Any) -> Any:
+    x = batch[0].clone().requires_grad_(True)
+    (slope,) = torch.autograd.grad(nll(module.net(x), batch[1]), x)
+    return under_nll(module.net((x + 0.1 * slope.sign()).detach()), batch[1])
 
 
 class InnerLoader(ManualOne):
@@ -346,39 +380,55 @@ KINDS = [
         Expectation(
             lambda module, batch: (
                 torch.cat([module.net(batch[0]).reshape(-1), module.net[0].weight.reshape(-1)]),
-                lambda values: (
-                    nll(values[:36].reshape(12, 3), batch[1]) + 0.1 * values[36:].square().sum()
-                ),
+                lambda values: nll(values[:36].reshape(12, 3), batch[1]) + 0.1 * values[36:].square().sum(),
             ),
             warned={},
             told=("loss is not just the value of its cross_entropy",),
             only="hessian",
         ),
     ),
-    Kind("two losses", Distillation, pairs, Expectation(
-        lambda module, batch: (
-            module.net(batch[0]),
-            lambda out: nll(out, batch[1]) + (out - batch[0][:, :CLASSES]).square().mean(),
+    Kind(
+        "two losses",
+        Distillation,
+        pairs,
+        Expectation(
+            lambda module, batch: (
+                module.net(batch[0]),
+                lambda out: nll(out, batch[1]) + (out - batch[0][:, :CLASSES]).square().mean(),
+            ),
+            warned={"ggn": SEVERAL},
         ),
-        warned={"ggn": SEVERAL},
-    )),
+    ),
     Kind("two losses, named", Named, pairs, Expectation(by_net)),
     Kind("manual optimization", ManualOne, pairs, Expectation(by_net)),
     Kind("manual optimization, closure", ManualClosure, pairs, Expectation(by_net)),
-    Kind("raw backward", RawBackward, pairs, Expectation(warned={"ggn, hessian": "returned no loss.*curvature_loss"})),
-    Kind("inner loader", InnerLoader, pairs, Expectation(
-        lambda module, batch: whole(by_net(module, batch)[1](module.net(batch[0])) + sum(
-            nll(module.net(x.double()), y) / 2 for x, y in module.support
-        )),
-        warned={"ggn": SEVERAL},
-        told=("sum of all that the step gives to manual_backward",),
-    )),
-    Kind("GAN", Gan, bare, Expectation(
-        gan_sum, warned={"ggn": SEVERAL}, told=("sum of all that the step gives to manual_backward",)
-    )),
-    Kind("GAN, named", GanNamed, bare, Expectation(
-        lambda module, batch: (module.critic(batch), lambda score: F.softplus(-score).mean())
-    )),
+    Kind("raw backward", RawBackward, pairs, Expectation(by_net)),
+    Kind("attack", Attack, pairs, Expectation(attacked)),
+    Kind(
+        "inner loader",
+        InnerLoader,
+        pairs,
+        Expectation(
+            lambda module, batch: whole(
+                by_net(module, batch)[1](module.net(batch[0]))
+                + sum(nll(module.net(x.double()), y) / 2 for x, y in module.support)
+            ),
+            warned={"ggn": SEVERAL},
+            told=("sum of all that the step gives to manual_backward",),
+        ),
+    ),
+    Kind(
+        "GAN",
+        Gan,
+        bare,
+        Expectation(gan_sum, warned={"ggn": SEVERAL}, told=("sum of all that the step gives to manual_backward",)),
+    ),
+    Kind(
+        "GAN, named",
+        GanNamed,
+        bare,
+        Expectation(lambda module, batch: (module.critic(batch), lambda score: F.softplus(-score).mean())),
+    ),
     Kind("carried state", Truncated, pairs_in_order, Expectation(fresh_state)),
     Kind("carried state in a buffer", Carried, pairs_in_order, Expectation(carried_state)),
     Kind("EMA teacher", Ema, pairs, Expectation(ema)),
@@ -386,7 +436,10 @@ KINDS = [
     Kind("DQN", Dqn, pairs, Expectation(dqn)),
     Kind("PINN", Pinn, bare, Expectation(lambda module, x: under_mse(module.residual(x), torch.zeros(12, 1)))),
     Kind("gradient penalty", GradientPenalty, bare, Expectation(by_own_loss, warned=ONLY_HESSIAN)),
-    Kind("inner step", InnerStep, pairs, Expectation(
-        by_own_loss, told=("loss is not just the value of its cross_entropy",), only="hessian"
-    )),
+    Kind(
+        "inner step",
+        InnerStep,
+        pairs,
+        Expectation(by_own_loss, told=("loss is not just the value of its cross_entropy",), only="hessian"),
+    ),
 ]

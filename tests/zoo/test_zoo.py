@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from zoo import KINDS, Kind
-from zoo.runner import QUANTITIES, cheap_monitors, initial, probed, reference, run
 
 from lightning_plasticity import Spectrum
+from zoo import KINDS, Kind
+from zoo.runner import QUANTITIES, cheap_monitors, initial, probed, reference, run
 
 pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty:UserWarning")
 BOUNDARIES = [(task, phase) for task in (0, 1) for phase in ("start", "end")]

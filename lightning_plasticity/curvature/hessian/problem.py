@@ -103,7 +103,7 @@ class HessianProblem:
         tolerance = MAX_ASYMMETRY.get(self.operator.dtype, math.inf)
         if asymmetry <= tolerance:
             return
-        if any(self.size <= ROUNDING_MARGIN * rounding() for rounding in (self._rounding, self._nonlinearity)):
+        if self.size <= ROUNDING_MARGIN * self._rounding():
             return
         raise MeasurementError(
             f"The Hessian-vector product is not symmetric (relative asymmetry {asymmetry:.2g}): a layer's double "
@@ -112,32 +112,17 @@ class HessianProblem:
         )
 
     def _rounding(self) -> float:
-        """What rounding in the loss's second derivatives makes of a product: eps |J|^2 / N, from one row of J^T.
-
-        On an over-confident network that fits its data the Hessian is nothing else.
-        """
-        total = 0.0
-        with self.measured.open() as closure:  # the graphs may be gone
-            for index, batch in enumerate(self.measured.batches):
-                evaluation = closure(batch, index)
-                if evaluation.output_loss is None:
-                    return 0.0
-                outputs = evaluation.output_loss.outputs
-                rows = torch.autograd.grad(
-                    outputs, self.operator.parameters, torch.randn_like(outputs), allow_unused=True
-                )
-                total += sum(float(row.square().sum()) for row in rows if row is not None)
-        return torch.finfo(self.operator.dtype).eps * total / self.num_samples
-
-    def _nonlinearity(self) -> float:
         """|H(u + v) - H u - H v| for Gaussian u and v: rounding and nothing else, of a wrong double backward too.
 
-        Of a layer whose own block vanishes (a bias before a batch norm, or of attention's keys) no product is more.
+        Products are no more than that on an over-confident network that fits its data, and of a layer whose own block
+        vanishes (a bias before a batch norm, or of attention's keys).
         """
+        operator, reduced = self.operator, self.reduced
         generator = torch.Generator().manual_seed(0)
-        operator, shape = self.operator, (2, self.operator.num_params)
-        u, v = torch.randn(shape, generator=generator).to(operator.device, operator.dtype)
-        return float((operator.matvec(u + v) - operator.matvec(u) - operator.matvec(v)).norm())
+        pair = torch.randn(2, operator.num_params, generator=generator).to(operator.device, operator.dtype)
+        u, v = pair if reduced is None else map(reduced.restrict, pair)
+        matvec = operator.matvec if reduced is None else reduced.matvec
+        return float((matvec(u + v) - matvec(u) - matvec(v)).norm())
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from lightning_plasticity.curvature.loss.output_loss import OutputLoss
 from lightning_plasticity.curvature.loss.watch import LossCall, LossWatcher, explain, over_nothing
 from lightning_plasticity.nn.batches import batch_size, clone_batch
 from lightning_plasticity.nn.precision import match_precision
+from lightning_plasticity.nn.raw_backward import noting_backward
 
 LossFunction = Callable[[Any, Any], Tensor]
 
@@ -57,6 +58,7 @@ class LossClosure:
         self.module = module
         self.loss_fn = loss_fn
         self._collected = [] if collected is None else collected
+        self._raw: list[Tensor] = []  # what the step called backward on
         self._outputs: Any = None
 
     def __call__(self, batch: Any, index: int = 0) -> Evaluation:
@@ -81,8 +83,8 @@ class LossClosure:
         if len(self._collected) < 2:
             return ""
         return (
-            "The loss measured is the sum of all that the step gives to manual_backward; define curvature_loss(batch) "
-            f"on the module to name one ({len(self._collected)} losses)."
+            "The loss measured is the sum of all that the step gives to manual_backward (or calls backward on); define "
+            f"curvature_loss(batch) on the module to name one ({len(self._collected)} losses)."
         )
 
     def run(self, batch: Any, index: int = 0) -> None:
@@ -91,8 +93,11 @@ class LossClosure:
 
     def _loss(self, batch: Any, index: int) -> Tensor:
         returned, source = self._run(batch, index)
+        if not self._collected and returned is None:
+            self._collected[:] = self._raw
+        self._raw.clear()
         if self._collected:
-            return torch.stack([loss.reshape(()) for loss in self._collected]).sum()
+            return torch.stack([_as_loss(loss, source) for loss in self._collected]).sum()
         return _as_loss(returned, source)
 
     def _run(self, batch: Any, index: int) -> tuple[Any, str]:
@@ -100,6 +105,7 @@ class LossClosure:
         batch = clone_batch(batch)  # a step may change its batch, and batches are evaluated more than once
         self._outputs = None
         self._collected.clear()
+        self._raw.clear()
         own_loss: Any = getattr(self.module, "curvature_loss", None)
         if own_loss is not None:
             return own_loss(batch), "curvature_loss"
@@ -113,7 +119,8 @@ class LossClosure:
                 "torch.nn.functional.cross_entropy."
             )
         step: Any = self.module.training_step
-        return step(*step_arguments(step, batch, index)), "training_step"
+        with noting_backward(self._raw):
+            return step(*step_arguments(step, batch, index)), "training_step"
 
     def _plain_outputs(self, batch: Any) -> OutputLoss | None:
         """``loss_fn`` on the module's own outputs; None where it was not what ran, or takes no tensor."""

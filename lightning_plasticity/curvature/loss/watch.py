@@ -87,8 +87,8 @@ def over_nothing(calls: list[LossCall]) -> str:
     for call in (call.loss for call in calls):
         if call.outputs.numel() == 0:
             return (
-                f"{call.name} is called on no values: outputs of shape {tuple(call.outputs.shape)}. Give probe data that "
-                "the step keeps some samples of, with data=, or return None where there are none."
+                f"{call.name} is called on no values: outputs of shape {tuple(call.outputs.shape)}. Give probe data "
+                "that the step keeps some samples of, with data=, or return None where there are none."
             )
         ignored = call.options.get("ignore_index")
         if ignored is not None and isinstance(call.targets, Tensor) and bool((call.targets == ignored).all()):
