@@ -143,7 +143,8 @@ class BoundaryMonitor(FewHooks):
 
     # ---- Lightning's hooks -----------------------------------------------------------------------------------------
 
-    on_train_batch_end: Any = None  # as in ``FewHooks``
+    on_train_batch_start: Any = None  # as in ``FewHooks``
+    on_train_batch_end: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the Trainer's task tracker, or give it one; an evaluation may load one from a checkpoint."""
@@ -171,17 +172,17 @@ class BoundaryMonitor(FewHooks):
         elif self._tracker is not None:
             self._fetch_for_end(trainer, pl_module, self._tracker.first_batch)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """In a run resumed inside a task: samples for its end, while there is a batch to take them from.
+    def on_task_resume(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
+        """In a fit that goes on inside a task: samples for its end, while there is a batch to take them from.
 
         A checkpoint made before the first step, by an interrupt say, may lack the measurement of the start.
         """
-        if self._tracker is None or not self._tracker.in_task or self._probed_task == self._tracker.task:
+        if self._tracker is None or self._probed_task == task:
             return
-        self._probed_task = task = self._tracker.task
+        self._probed_task = task
         if task % self.every_n_tasks:
             return
-        self._fetch_for_end(trainer, pl_module, batch)
+        self._fetch_for_end(trainer, pl_module, self._tracker.first_batch)
         measured = any((record.task, record.phase) == (task, "start") for record in self.records)
         if "start" in self.when and not measured and self._tracker.steps_in_task == 0:
             self._at_boundary(trainer, pl_module, task, "start")

@@ -46,6 +46,9 @@ class TaskTracker(FewHooks):
       the datamodule may then already serve the new data. In ``on_train_end`` Lightning refuses ``self.log``: write to
       ``trainer.loggers`` there.
 
+    - ``on_task_resume``: a fit goes on inside a task, from a checkpoint or after an earlier fit; its first batch is
+      ``tracker.first_batch`` during the hook.
+
     Starts and ends alternate; no task has two of either. When a fit ends, the open task ends with it (from
     ``on_train_end``), except under schedules that count, ``EveryNEpochs`` and ``EveryNSteps``: there the task goes on
     in the next fit until it is full. Their ``ends_with_fit`` changes this; ``fast_dev_run`` always ends the task.
@@ -62,7 +65,7 @@ class TaskTracker(FewHooks):
             datamodule has a ``task_id`` or ``_task_id`` other than None, else ``EveryFit()``.
 
     Attributes:
-        first_batch: the new task's first batch during ``on_task_start``, else None.
+        first_batch: the batch that has just arrived during ``on_task_start`` and ``on_task_resume``, else None.
 
     Example:
         >>> from lightning_plasticity.callbacks.schedules import EveryNEpochs
@@ -168,7 +171,7 @@ class TaskTracker(FewHooks):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Cross the boundary if this batch belongs to a new task."""
-        self._saw_batch = True
+        first, self._saw_batch = not self._saw_batch, True
         label = plain_label(self._chosen.label(trainer, pl_module))
         if type(self._chosen).label is not TaskSchedule.label and several(trainer):
             # Labels may come from batches, and ranks have different ones: boundaries are where rank zero sees them.
@@ -178,6 +181,8 @@ class TaskTracker(FewHooks):
             if self._state.in_task:
                 self._end(trainer, pl_module)
             self._start(trainer, pl_module, batch, label)
+        elif first and self._state.in_task:
+            self._call_with_batch("on_task_resume", trainer, pl_module, batch)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -243,9 +248,12 @@ class TaskTracker(FewHooks):
         state.task += 1
         state.in_task, state.new_task, state.label = True, False, label
         state.start_step, state.start_epochs = self.step, state.epochs
+        self._call_with_batch("on_task_start", trainer, pl_module, batch)
+
+    def _call_with_batch(self, hook: str, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         self.first_batch = batch
         try:
-            _call_hooks("on_task_start", trainer, pl_module, state.task)
+            _call_hooks(hook, trainer, pl_module, self._state.task)
         finally:
             self.first_batch = None
 

@@ -354,3 +354,34 @@ def test_state_is_plain_and_survives_the_default_load(tmp_path: Path) -> None:
 def test_plain_label(value: Any, label: Any) -> None:
     assert plain_label(value) == label
     assert type(plain_label(value)) is type(label)
+
+
+class Resumes(L.Callback):
+    """Writes down when a task goes on, and on which batch."""
+
+    def __init__(self, tracker: TaskTracker) -> None:
+        self.tracker = tracker
+        self.seen: list[tuple[int, int, float]] = []
+
+    def on_task_resume(self, trainer: L.Trainer, pl_module: L.LightningModule, task: int) -> None:
+        self.seen.append((task, self.tracker.step, float(self.tracker.first_batch[0][0, 0])))
+
+
+def test_a_fit_that_goes_on_inside_a_task_says_so_once(tmp_path: Path) -> None:
+    cut = TaskTracker(EveryNSteps(4))
+    with pytest.raises(CutError):
+        make_trainer(cut, SaveAndCut("batch_end", 2, tmp_path / "cut.ckpt"), max_epochs=2).fit(Net(), loader())
+    tracker = TaskTracker(EveryNSteps(4))
+    resumes = Resumes(tracker)
+    make_trainer(tracker, resumes, max_epochs=2).fit(Net(), loader(), ckpt_path=tmp_path / "cut.ckpt")
+    assert resumes.seen == [(0, 2, 8.0)]  # the third batch of the first epoch begins with 8
+
+
+def test_a_task_longer_than_a_fit_goes_on_in_the_next_and_a_new_task_does_not() -> None:
+    tracker = TaskTracker(EveryNSteps(4))
+    resumes = Resumes(tracker)
+    for _ in range(2):
+        make_trainer(tracker, resumes, max_epochs=1).fit(Net(), loader())
+    assert resumes.seen == [(0, 3, 0.0)]
+    assert tracker.task == 1
+    assert tracker.first_batch is None
