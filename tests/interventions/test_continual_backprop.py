@@ -188,7 +188,7 @@ def test_a_reset_takes_the_unit_out_and_nothing_else(optimizer: str) -> None:
     assert torch.equal(net[0].weight[2], new[0])
     assert float(new.abs().max()) <= 1 / 18**0.5
     assert net[0].bias[2] == 0
-    assert [float(v[2]) for v in (net[1].weight, net[1].bias, net[1].running_mean, net[1].running_var)] == [1, 0, 0, 1]
+    assert [v[2].item() for v in (net[1].weight, net[1].bias, net[1].running_mean, net[1].running_var)] == [1, 0, 0, 1]
     assert (net[4].weight[:, 18:27] == 0).all()
     changed = {name: (value != before[name]) for name, value in net.state_dict().items()}
     assert changed["0.weight"].flatten(1).any(1).nonzero().tolist() == [[2]]
