@@ -65,8 +65,8 @@ def refuse_sharded_interventions(trainer: Any, who: str) -> None:
     name = _sharding(trainer)
     if name is not None:
         raise ValueError(
-            f"{who} got {name}, which keeps weights or optimizer state in pieces; expected whole ones on every process, "
-            "whose units it can change. What to do: use strategy='ddp' or a single device."
+            f"{who} got {name}, which keeps weights or optimizer state in pieces; expected whole ones on every "
+            "process, whose units it can change. What to do: use strategy='ddp' or a single device."
         )
 
 
