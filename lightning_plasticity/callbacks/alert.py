@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_plasticity.callbacks.arguments import choice, whole_number
+from lightning_plasticity.callbacks.intervention import join
 from lightning_plasticity.callbacks.monitor import PHASES, BoundaryMonitor, Phase
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
 from lightning_plasticity.linalg import Estimate
@@ -47,6 +48,7 @@ class PlasticityAlert(Callback):
         bad: ``"low"`` for what should stay high (ranks, counts, accuracy), ``"high"`` for dead or dormant units.
         phase: ``"start"`` or ``"end"``: which record of a task to look at. What the module logs is read at the end.
         on_alert: an intervention (``ReDo()``, ``ShrinkAndPerturb()``, ...) or several, to act at every alerted task.
+            They act on demand only, unless they are among the Trainer's callbacks too.
         save_dir: where ``plasticity.jsonl`` goes; None for the log directory.
 
     Raises:
@@ -105,6 +107,8 @@ class PlasticityAlert(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the Trainer's task tracker, or give it one."""
         self._tracker = TaskTracker.attach(trainer, self._tracker)
+        for intervention in self._interventions:
+            join(trainer, pl_module, stage, intervention)
 
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
         """Look at what the monitors saw at the start."""
@@ -196,7 +200,8 @@ class PlasticityAlert(Callback):
         if not trainer.is_global_zero:
             return
         try:
-            log_scalars(trainer.loggers, values, self._tracker.step)
+            for logger in trainer.loggers:
+                log_scalars(logger, values, self._tracker.step)
             directory = Path(self.save_dir) if self.save_dir is not None else log_directory(trainer.loggers)
             if directory is not None and not getattr(trainer, "fast_dev_run", False):
                 numbers = {key: Estimate.exactly(value) for key, value in values.items()}

@@ -10,29 +10,31 @@ from typing import Any
 from weakref import ref
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_plasticity.callbacks.live import live_optimizers
+from lightning_plasticity.callbacks.live import FewHooks, live_optimizers
+from lightning_plasticity.callbacks.processes import several
 from lightning_plasticity.callbacks.regularization import muted
+from lightning_plasticity.callbacks.sharding import refuse_sharded_interventions
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
 from lightning_plasticity.curvature import LossClosure
 from lightning_plasticity.loggers import log_scalars
 from lightning_plasticity.nn import Wiring, find_wiring, told_wiring, undisturbed
 
-SHARDED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
 
-
-class Intervention(Callback):
+class Intervention(FewHooks):
     """Base of the callbacks that change weights; ``intervene`` acts now, in any hook of a fit.
 
     Attributes:
         label: the part of the logged keys that names it.
+        on_demand: whether it acts in ``intervene`` only, not by its own schedule.
     """
 
     updates_weights = True  # comes before the task tracker: a task ends after its last change
     label = ""
+    on_demand = False
     _tracker: TaskTracker | None = None
     _resuming = True
 
@@ -43,12 +45,8 @@ class Intervention(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Share the Trainer's task tracker; refuse strategies that split weights over processes."""
         self._tracker = TaskTracker.attach(trainer, self._tracker)
-        strategy = type(trainer.strategy).__name__
-        if stage == "fit" and strategy in SHARDED:
-            raise ValueError(
-                f"{type(self).__name__} changes single units and needs whole weights on every process, got {strategy}; "
-                "use DDP or a single device."
-            )
+        if stage == "fit":
+            refuse_sharded_interventions(trainer, type(self).__name__)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Only a fit resumes; an evaluation from a checkpoint must not turn the state back."""
@@ -67,7 +65,20 @@ class Intervention(Callback):
         key = f"plasticity/interventions/{self.label}/{quantity}"
         values = {f"{key}/{re.sub('[^A-Za-z0-9_.]', '_', name)}": float(n) for name, n in counts.items() if name}
         step = trainer.global_step if self._tracker is None else self._tracker.step
-        log_scalars(trainer.loggers, {key: float(sum(counts.values())), **values}, step)
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            log_scalars(logger, {key: float(sum(counts.values())), **values}, step)
+
+
+def join(trainer: Any, pl_module: LightningModule, stage: str, intervention: Any) -> None:
+    """Give the Trainer an intervention that another callback will call, to act on demand only.
+
+    One that the user has listed keeps its schedule.
+    """
+    if not isinstance(intervention, Intervention) or intervention in trainer.callbacks:
+        return
+    intervention.on_demand = True
+    trainer.callbacks = [*trainer.callbacks, intervention]  # Lightning may be iterating over the present list
+    intervention.setup(trainer, pl_module, stage)
 
 
 class UnitIntervention(Intervention):
@@ -140,9 +151,8 @@ class UnitIntervention(Intervention):
             self._log_new(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what was not logged, and take the hooks off."""
+        """Log what was not logged; the hooks stay until ``teardown``, for what the end of a task may start."""
         self._log_new(trainer)
-        self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the hooks off, where Lightning calls no teardown."""
@@ -158,7 +168,8 @@ class UnitIntervention(Intervention):
         return {"engine": engine, "logged": dict(self._logged)}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Keep it for the engine that the first batch will bring."""
+        """Keep it for the engine that the next batch will bring."""
+        self._stop()  # a learning-rate finder restores its own checkpoint inside a fit
         self._saved, self._module = state["engine"], None
         self._logged = dict(state["logged"])
 
@@ -218,7 +229,7 @@ def traced_wiring(pl_module: LightningModule, batch: Any) -> Wiring:
 
 def summed_over_processes(trainer: Trainer) -> Any:
     """What adds a tensor up over all processes; None for a single one."""
-    return None if trainer.world_size == 1 else partial(_sum, trainer)
+    return partial(_sum, trainer) if several(trainer) else None
 
 
 def _sum(trainer: Trainer, tensor: Tensor) -> Tensor:

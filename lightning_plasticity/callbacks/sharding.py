@@ -56,6 +56,20 @@ def refuse_sharded_regularizers(trainer: Any, regularizers: Sequence[Regularizer
         )
 
 
+def refuse_sharded_interventions(trainer: Any, who: str) -> None:
+    """Refuse, when a fit starts, to change single units of weights that are in pieces.
+
+    Raises:
+        ValueError: for every sharding strategy.
+    """
+    name = _sharding(trainer)
+    if name is not None:
+        raise ValueError(
+            f"{who} got {name}, which keeps weights or optimizer state in pieces; expected whole ones on every "
+            "process, whose units it can change. What to do: use strategy='ddp' or a single device."
+        )
+
+
 def whole(module: Any) -> Any:
     """The module itself, or a copy with whole weights of one that ``fully_shard`` or tensor parallelism has cut.
 

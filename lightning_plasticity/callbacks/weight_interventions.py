@@ -106,7 +106,7 @@ class ShrinkAndPerturb(SeededIntervention):
 
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
         """Act at a boundary, after the monitors have seen the old weights."""
-        if self.when == "task" and task > 0:
+        if self.when == "task" and task > 0 and not self.on_demand:
             self.intervene(trainer, pl_module)
 
     def on_train_batch_end(
@@ -115,7 +115,7 @@ class ShrinkAndPerturb(SeededIntervention):
         """Act once for each batch that ended in an optimizer step."""
         if trainer.global_step != self._last_step:
             self._last_step = trainer.global_step
-            if self.when == "step":
+            if self.when == "step" and not self.on_demand:
                 self._act(trainer, pl_module)
 
     def intervene(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -195,7 +195,7 @@ class LayerReset(SeededIntervention):
 
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
         """Act at a boundary, after the monitors have seen the old weights."""
-        if self.when == "task" and task > 0:
+        if self.when == "task" and task > 0 and not self.on_demand:
             self.intervene(trainer, pl_module)
 
     def intervene(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -31,7 +31,7 @@ def reset_layers(
 
     Args:
         module: the network.
-        names: of submodules that have ``reset_parameters``, and of buffers none.
+        names: of submodules; all ``reset_parameters`` in them are called.
         generator: seeds the draws.
         optimizers: whose state of these parameters is dropped, step counts included.
         init: ``"default"`` calls ``reset_parameters``, ``"zero"`` sets all parameters to zero.
@@ -41,7 +41,10 @@ def reset_layers(
     for name in names:
         layer = modules[name]
         if init == "default":
-            reset_parameters(layer, generator)
+            # A parent after its children: it may know better, but need not draw all of theirs (MultiheadAttention).
+            for part in reversed(list(layer.modules())):
+                if resetter(part) is not None:
+                    reset_parameters(part, generator)
         else:
             with torch.no_grad():
                 for parameter in layer.parameters():
@@ -77,12 +80,12 @@ def resettable(module: nn.Module) -> list[str]:
 
 
 def named_resets(module: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Submodules by name or wildcard that can be reset.
+    """Submodules by name or wildcard that can be reset; outermost ones.
 
     Raises:
         ValueError: for a pattern that matches none; the message lists those that exist.
     """
-    able = [name for name, child in module.named_modules() if name and resetter(child) is not None]
+    able = [name for name, child in module.named_modules() if name and any(resetter(part) for part in child.modules())]
     chosen: dict[str, None] = {}
     for pattern in patterns:
         found = [name for name in able if fnmatchcase(name, pattern)]
@@ -92,7 +95,8 @@ def named_resets(module: nn.Module, patterns: Sequence[str]) -> list[str]:
                 f"{', '.join(able) or 'none'}."
             )
         chosen |= dict.fromkeys(found)
-    return list(chosen)
+    inside = {name for name in chosen for other in chosen if name.startswith(f"{other}.")}
+    return [name for name in chosen if name not in inside]
 
 
 def last_layers(wiring: Wiring, choice: Literal["head"] | int) -> list[str]:

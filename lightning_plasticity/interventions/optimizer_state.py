@@ -130,7 +130,7 @@ class StepCounts:
             del self._born[name]
             return
         second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-        lr = float(group["lr"]) * (-1.0 if group["maximize"] else 1.0)
+        lr = float(group["lr"])  # with ``maximize`` the moments carry the sign
         for index, born in _blocks(self._born[name], parameter):
             first, own = state["exp_avg"][index], (step - born).clamp(min=1).to(parameter.device)
             everyone = torch.full_like(own, step)

@@ -20,8 +20,8 @@ SAME = _words(
     "relu relu6 gelu elu selu celu silu mish tanh sigmoid hardtanh hardswish hardsigmoid hardshrink softshrink "
     "tanhshrink leaky_relu rrelu prelu threshold softplus softsign logsigmoid clamp clamp_min clamp_max clip abs neg "
     "sign exp square sqrt sin cos dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout "
-    "feature_alpha_dropout detach clone contiguous to type float double half bfloat16 cpu cuda data requires_grad gt ge "
-    "lt le eq ne isfinite nan_to_num local_response_norm positive"
+    "feature_alpha_dropout detach clone contiguous to type float double half bfloat16 cpu cuda data requires_grad gt "
+    "ge lt le eq ne isfinite nan_to_num local_response_norm positive"
 )
 # Applied to the labels as well:
 MOVES = _words(

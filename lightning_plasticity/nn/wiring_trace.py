@@ -260,6 +260,8 @@ class _Tracer(TorchFunctionMode):
         readers = self._links(self.reads)
         norms = self._links(self.normed)
         order = tuple(self.bases)
+        outputs = tuple(name for name in order if name not in readers and name not in self.unsupported)
+        self._refuse(dict.fromkeys(sorted(self.tied), "it shares its parameters with another module"))
         for name, links in readers.items():
             self._refuse(self._faults(name, links, frozen))
         layers = {
@@ -267,7 +269,6 @@ class _Tracer(TorchFunctionMode):
             for name in order
             if name in readers and name not in self.unsupported
         }
-        outputs = tuple(name for name in order if name not in readers and name not in self.unsupported)
         for name, child in self.modules.items():
             own = [p for p in child._parameters.values() if p is not None]
             if isinstance(child, (nn.Linear, *CONVOLUTIONS)):
@@ -279,8 +280,6 @@ class _Tracer(TorchFunctionMode):
         return Wiring(layers, self.unsupported, outputs, order)
 
     def _faults(self, name: str, links: list[Link], frozen: set[int]) -> dict[str, str]:
-        if name in self.tied:
-            return {name: "it shares its parameters with another module"}
         stuck = [part for part in (name, *(link.module for link in links)) if id(self.modules[part].weight) in frozen]
         return {name: f"the weight of {stuck[0]} is frozen"} if stuck else {}
 

@@ -19,7 +19,17 @@ from small_fits import Net
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
-from lightning_plasticity import FeatureRankMonitor, HessianSpectrumMonitor, L2ERMixin, Regularization, TaskTracker
+from lightning_plasticity import (
+    ContinualBackprop,
+    FeatureRankMonitor,
+    HessianSpectrumMonitor,
+    L2ERMixin,
+    LayerReset,
+    ReDo,
+    Regularization,
+    ShrinkAndPerturb,
+    TaskTracker,
+)
 from lightning_plasticity.callbacks.schedules import EveryNEpochs, TaskAttribute
 from lightning_plasticity.metrics import (
     ApproximateRank,
@@ -306,6 +316,32 @@ def locked_steps(rank: int, directory: Path) -> Any:
 BY_HAND = {"use_distributed_sampler": False}
 
 
+REMEDIES: dict[str, Any] = {
+    "cbp": lambda: ContinualBackprop(0.3, maturity=1, decay=0.9, utility="adaptable"),
+    "redo": lambda: ReDo(0.6, every_n_steps=2, samples=1),
+    "shrink": lambda: ShrinkAndPerturb(0.9, 0.05),
+    "reset": lambda: LayerReset(2),
+}
+
+
+def remedied(batch_size: int, rank: int, directory: Path, **settings: Any) -> Any:
+    """Each intervention on every other sample (or on all), in two tasks, and how many units it has reset."""
+    inputs, classes = data(3, 24)
+    samples = TensorDataset(inputs[:, :4], classes)
+    dealt = DistributedSampler(samples, num_replicas=6 // batch_size, rank=rank, shuffle=False)
+    loader = DataLoader(samples, batch_size=batch_size, sampler=dealt)
+    found = {}
+    for name, make in REMEDIES.items():
+        callback = make()
+        tasks = [TaskTracker(EveryNEpochs(1)), callback]
+        made = partial(Net, "adam")
+        found[name] = fits(rank, [loader], tasks, made, use_distributed_sampler=False, max_epochs=2, **settings)
+        engine = callback.state_dict().get("engine", {})
+        layers = engine.get("layers", {})
+        found[name]["num_reset"] = engine.get("num_reset") or {k: own["num_reset"] for k, own in layers.items()}
+    return found
+
+
 def metrics(rank: int | None, directory: Path) -> Any:
     """Every metric on this rank's share of the features, or on all; torchmetrics adds up the ranks' states."""
     features = torch.randn(12, 5, generator=torch.Generator().manual_seed(5)) @ torch.diag(torch.arange(5.0))
@@ -404,6 +440,7 @@ DDP = {
     "mixin": partial(regularised, "mixin", 3),
     "callback": partial(regularised, "callback", 3),
     "unregularised": partial(regularised, "none", 3),
+    "remedied": partial(remedied, 3),
     "uneven_steps": uneven_steps,
     "locked_steps": locked_steps,
     "metrics": metrics,
@@ -418,6 +455,7 @@ ONE = {
     "mixin": partial(regularised, "mixin", 6, **ALONE),
     "callback": partial(regularised, "callback", 6, **ALONE),
     "unregularised": partial(regularised, "none", 6, **ALONE),
+    "remedied": partial(remedied, 6, **ALONE),
     "uneven_steps": partial(uneven_steps, alone=True, **ALONE),
     "metrics": lambda rank, directory: metrics(None, directory),
 }

@@ -290,6 +290,19 @@ def test_minibatches_that_cannot_be_sent_are_stepped_on_apart_after_a_warning(fo
     assert silent == []
 
 
+@pytest.mark.parametrize("remedy", ["cbp", "redo", "shrink", "reset"])
+def test_interventions_of_two_processes_are_those_of_one_on_the_joined_minibatches(found: Any, remedy: str) -> None:
+    (one,) = found("remedied", "one")
+    first, second = (result[remedy] for result in found("remedied"))
+    one = one[remedy]
+    assert first["outcome"]["weights"] == second["outcome"]["weights"]
+    assert first["num_reset"] == second["num_reset"] == one["num_reset"]
+    if remedy in ("cbp", "redo"):
+        assert sum(one["num_reset"].values()) > 3
+    for name, expected in one["state"].items():
+        torch.testing.assert_close(first["state"][name], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_streaming_metrics_of_two_processes_are_those_of_one(found: Any) -> None:
     (one,) = found("metrics", "one")
     assert len(one) == 12
