@@ -104,7 +104,7 @@ def trainability(
         3.0
     """
     measured = Measured(model, as_batches(data, model), loss_fn, mode=mode, seed=seed)
-    how = Descent(num_steps, _every(num_steps, evaluate_every), batch_size, shuffle, clip)
+    how = Descent(num_steps, default_every(num_steps, evaluate_every), batch_size, shuffle, clip)
     found = measure_trainability(
         measured,
         optimizer,
@@ -201,7 +201,8 @@ def check_settings(
         raise ValueError(f"max_seconds={max_seconds!r}, expected a positive number, or None for any.")
 
 
-def _every(num_steps: int, evaluate_every: int | None) -> int:
+def default_every(num_steps: int, evaluate_every: int | None) -> int:
+    """Steps between evaluations: those given, else so many that there are 20 evaluations."""
     return max(1, num_steps // EVALUATIONS) if evaluate_every is None else evaluate_every
 
 
