@@ -120,7 +120,7 @@ def _step(
         if clip is not None:
             _clip(parameters, *clip)
         seen.append(float(loss.detach()))
-        return seen[0]
+        return seen[-1]
 
     if len(optimizers) == 1:
         optimizers[0].step(loss_with_gradients)

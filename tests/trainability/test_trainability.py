@@ -256,17 +256,9 @@ def test_everything_is_put_back(mode: Any) -> None:
     optimizer = torch.optim.Adam(net.parameters())
     optimizer.step()
     before, moments = state(net), repr(optimizer.state_dict())
+    options: dict[str, Any] = {"optimizer": optimizer, "num_steps": 6, "batch_size": 8, "mode": mode}
     for carry_state in (False, True):
-        found = trainability(
-            net,
-            F.cross_entropy,
-            DATA,
-            optimizer=optimizer,
-            carry_state=carry_state,
-            num_steps=6,
-            batch_size=8,
-            mode=mode,
-        )
+        found = trainability(net, F.cross_entropy, DATA, carry_state=carry_state, **options)
         assert len(found.curves) == len(found.fresh_curves) == 2
     assert changed(before, state(net)) == []
     assert moments == repr(optimizer.state_dict())
