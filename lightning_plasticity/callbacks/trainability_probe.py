@@ -54,6 +54,8 @@ class TrainabilityProbe(BoundaryMonitor):
       ``useful_share`` (of the squared residual in those directions).
     - ``plasticity/task``: index of the task; the x axis is the cumulative optimizer step.
 
+    The loss curves of all runs, (steps, losses) for each seed, are in the record's ``settings["curves"]``.
+
     Args:
         num_steps: T, the budget of steps.
         target: ``"fresh"``: the best loss of a fresh network in the same budget, on the same order of the data, plus a
@@ -147,6 +149,7 @@ class TrainabilityProbe(BoundaryMonitor):
         self.mode = mode
         self.seed = whole_number("seed", seed, least=0)
         self._cut: tuple[int, str] | None = None  # fewer steps for the whole run, and why
+        self._seen_batch_size: int | None = None  # of training
 
     @property
     def state_key(self) -> str:
@@ -156,14 +159,15 @@ class TrainabilityProbe(BoundaryMonitor):
         return self._generate_state_key(**about, optimizer_state=self.optimizer_state, **named)
 
     def state_dict(self) -> dict[str, Any]:
-        """The records, and the steps that the time allows."""
-        return super().state_dict() | {"cut": self._cut}
+        """The records, the steps that the time allows, and the size of minibatches."""
+        return super().state_dict() | {"cut": self._cut, "batch_size": self._seen_batch_size}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the records and the steps of the run that is resumed."""
         super().load_state_dict(state_dict)
-        if self._resuming and state_dict["cut"] is not None and self.max_seconds is not None:
-            self._cut = tuple(state_dict["cut"])
+        if self._resuming:
+            self._seen_batch_size = state_dict["batch_size"]
+            self._cut = state_dict["cut"] if self.max_seconds is not None else None
 
     def measure(self, trainer: Trainer, pl_module: LightningModule, batches: list[Any], phase: Phase) -> Measurement:
         """The runs, and what the linearised network predicts; one that fails leaves the other."""
@@ -196,7 +200,8 @@ class TrainabilityProbe(BoundaryMonitor):
             self._cut = (found.num_steps, why)
             tell(trainer, f"{type(self).__name__}: {why}; see max_seconds.")
         cut = {} if self._cut is None else {"budget": self._cut[1]}
-        measurement.settings |= {**found.settings, **cut, "target": self.target, "tau": self.tau}
+        about = {"target": self.target, "tau": self.tau, "optimizer_state": self.optimizer_state}
+        measurement.settings |= {**found.settings, **cut, **about, "curves": _curves(found)}
         if found.fresh_failure is not None:
             measurement.failures["fresh networks"] = found.fresh_failure
         return {f"plasticity/trainability/{key}": value for key, value in _numbers(found).items()}
@@ -216,7 +221,8 @@ class TrainabilityProbe(BoundaryMonitor):
         return {f"plasticity/trainability/{key}": value for key, value in numbers.items()}
 
     def _optimizers(self, trainer: Trainer) -> list[Any]:
-        if not trainer.optimizers:
+        # Where a module has none, Lightning makes one without parameters.
+        if not any(group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups):
             raise MeasurementError(
                 "The module has no optimizer (configure_optimizers returns none); pass optimizer=, a function of the "
                 "parameters such as functools.partial(torch.optim.SGD, lr=0.1)."
@@ -239,7 +245,11 @@ class TrainabilityProbe(BoundaryMonitor):
         algorithm: Any = trainer.gradient_clip_algorithm or "norm"
         return float(trainer.gradient_clip_val), str(getattr(algorithm, "value", algorithm))
 
-    _seen_batch_size: int | None = None
+
+def _curves(found: Trainability) -> dict[str, Any]:
+    """For the record, one list for each seed: when the loss on all the data was evaluated, and what it was."""
+    kinds = {"present": found.curves, "fresh": found.fresh_curves}
+    return {kind: [[list(c.steps), list(c.losses)] for c in curves] for kind, curves in kinds.items()}
 
 
 def _numbers(found: Trainability) -> dict[str, Estimate]:

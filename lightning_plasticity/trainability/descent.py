@@ -63,7 +63,7 @@ def descend(
             losses, for which loss belongs to which is not known.
     """
     minibatches = _minibatches(batches, how, seed)
-    whole = next(minibatches) if _is_one(batches, how) else None  # then its loss is that on all the data
+    whole = (0, batches[0]) if _is_one(batches, how) else None  # then its loss is that on all the data
     parameters = parameters_of(optimizers)
     seed_rng(seed)
     start = _random_state()
