@@ -50,8 +50,8 @@ class TrainabilityProbe(BoundaryMonitor):
     - ``plasticity/trainability/gap_to_fresh``: best loss minus that of the fresh run; above 0, plasticity is lost.
     - ``plasticity/trainability/num_steps``, ``num_samples``: steps taken and samples probed on.
     - with ``linearized_time``: ``plasticity/trainability/linearized_loss_ratio`` (what gradient flow on the linearised
-      network leaves of the squared residual), ``useful_directions`` (NTK eigenvalues above 1 / linearized_time) and
-      ``useful_share`` (of the squared residual in those directions).
+      network leaves of the squared residual), ``useful_directions`` (NTK eigenvalues above 1 / linearized_time, where
+      samples times outputs are at most 2000) and ``useful_share`` (of the squared residual in those directions).
     - ``plasticity/task``: index of the task; the x axis is the cumulative optimizer step.
 
     The loss curves of all runs, (steps, losses) for each seed, are in the record's ``settings["curves"]``.
