@@ -20,6 +20,7 @@ from lightning_plasticity.callbacks import (
     TaskAttribute,
     TaskSchedule,
     TaskTracker,
+    TrainabilityProbe,
 )
 from lightning_plasticity.curvature import Spectrum
 from lightning_plasticity.interventions import CReLU, insert_layer_norm
@@ -52,6 +53,7 @@ __all__ = [
     "TaskRecord",
     "TaskSchedule",
     "TaskTracker",
+    "TrainabilityProbe",
     "Wasserstein",
     "__version__",
     "curvature",

@@ -41,6 +41,7 @@ PUBLIC = {
     "TaskRecord",
     "TaskSchedule",
     "TaskTracker",
+    "TrainabilityProbe",
     "Wasserstein",
     "__version__",
     "curvature",

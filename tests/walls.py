@@ -16,6 +16,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("linalg",),  # tensors and matvecs
     ("nn",),  # modules: feature taps, hidden units, undisturbed measuring
     ("curvature",),  # operators and spectra of a loss
+    ("trainability",),  # short training runs, undone afterwards
     ("records", "metrics", "regularization", "interventions", "sparsity"),  # plain data; module and optimizer
     ("loggers",),  # knows about loggers
     ("callbacks",),  # knows the Trainer: when, not what
@@ -28,7 +29,7 @@ EDGE = ("streams", "report", "demo", "study", "cli", "__main__")  # the only roo
 RECORDS_MAY_IMPORT = ("records", "linalg", "curvature")
 LINALG_MAY_IMPORT = ("torch", "numpy", "scipy")
 # No Lightning at all, and Lightning's utilities (`rank_zero_warn`) but nothing that is, or holds, a Trainer.
-NO_LIGHTNING = ("_optional", "linalg", "curvature", "records", "metrics")
+NO_LIGHTNING = ("_optional", "linalg", "curvature", "trainability", "records", "metrics")
 NO_TRAINER = ("nn", "regularization", "interventions", "sparsity")
 LIGHTNING = ("lightning", "pytorch_lightning", "lightning_fabric")
 

@@ -7,6 +7,7 @@ from lightning_plasticity.callbacks.mixin import L2ERMixin, RegularizerMixin
 from lightning_plasticity.callbacks.regularization import Regularization
 from lightning_plasticity.callbacks.schedules import EveryFit, EveryNEpochs, EveryNSteps, TaskAttribute, TaskSchedule
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
+from lightning_plasticity.callbacks.trainability_probe import TrainabilityProbe
 from lightning_plasticity.callbacks.unit_interventions import ContinualBackprop, ReDo
 from lightning_plasticity.callbacks.weight_interventions import LayerReset, ShrinkAndPerturb
 
@@ -27,4 +28,5 @@ __all__ = [
     "TaskAttribute",
     "TaskSchedule",
     "TaskTracker",
+    "TrainabilityProbe",
 ]

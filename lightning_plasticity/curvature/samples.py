@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from lightning_plasticity.nn.batches import batch_size, map_tensors
 
 
@@ -45,6 +47,14 @@ def in_parts(batches: Sequence[Any], size: int) -> list[Any]:
         else:
             parts += [_part(batch, total, start, min(start + size, total)) for start in range(0, total, size)]
     return parts
+
+
+def chosen_samples(batch: Any, indices: Tensor) -> Any:
+    """These samples of a batch, in this order: of every tensor whose first dimension counts samples."""
+    total = batch_size(batch)
+    return map_tensors(
+        batch, lambda tensor: tensor[indices.to(tensor.device)] if tensor.shape[:1] == (total,) else tensor
+    )
 
 
 def _part(batch: Any, total: int, start: int, stop: int) -> Any:

@@ -104,6 +104,18 @@ def linearized_trainability(
     """
     _check_arguments(learning_rate, num_steps, kernel, method, lanczos_steps)
     measured = Measured(model, as_batches(data, model), loss_fn, params, mode, seed)
+    return measure_linearized(measured, learning_rate, num_steps, kernel, method, lanczos_steps)
+
+
+def measure_linearized(
+    measured: Measured,
+    learning_rate: float,
+    num_steps: int,
+    kernel: Kernel = "ntk",
+    method: Method = "auto",
+    lanczos_steps: int | None = None,
+) -> LinearizedPrediction:
+    """The same for what is already prepared."""
     started = time.perf_counter()
     num_rows = _num_rows(measured, kernel)
     if method == "exact" or (method == "auto" and num_rows <= EXACT_ROWS):
@@ -126,7 +138,7 @@ def linearized_trainability(
         offset=start.offset,
         resolution=resolution,
         seconds=time.perf_counter() - started,
-        settings={"dtype": dtype_name(start.dtype), "mode": mode},
+        settings={"dtype": dtype_name(start.dtype), "mode": measured.mode},
     )
 
 

@@ -79,6 +79,21 @@ class LossClosure:
         num_samples = output_loss.num_samples if output_loss is not None else batch_size(batch)
         return Evaluation(loss, num_samples, output_loss, note, self._loss_note())
 
+    def loss(self, batch: Any, index: int = 0) -> Tensor:
+        """Only the loss, (), finite or not: for those who descend on it.
+
+        Raises:
+            MeasurementError: when there is no loss, or it does not depend on a trainable parameter.
+        """
+        loss = self._loss(match_precision(self.module, batch), index)
+        _check_gradient(loss)
+        return loss
+
+    @property
+    def num_losses(self) -> int:
+        """How many losses the last step gave: several where ``manual_backward`` took several."""
+        return max(1, len(self._collected))
+
     def _loss_note(self) -> str:
         if len(self._collected) < 2:
             return ""
@@ -196,6 +211,10 @@ def _check_loss(loss: Tensor, calls: list[LossCall]) -> None:
         if why := over_nothing(calls):
             raise MeasurementError(f"The loss on the probe data is {value}: {why}")
         raise MeasurementError(f"The loss on the probe data is {value}; look for NaN or inf in weights and data.")
+    _check_gradient(loss)
+
+
+def _check_gradient(loss: Tensor) -> None:
     if not loss.requires_grad:
         raise MeasurementError(
             "The loss does not depend on any trainable parameter: all are frozen, or the step computes it under "
