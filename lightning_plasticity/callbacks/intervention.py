@@ -10,10 +10,11 @@ from typing import Any
 from weakref import ref
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_plasticity.callbacks.base import Callback
 from lightning_plasticity.callbacks.live import live_optimizers
 from lightning_plasticity.callbacks.regularization import muted
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
