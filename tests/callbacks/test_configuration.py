@@ -46,7 +46,9 @@ def parameters(cls: type) -> dict[str, inspect.Parameter]:
 
 
 def hints(cls: type) -> dict[str, Any]:
-    return {name: get_type_hints(cls.__init__).get(name, Any) for name in parameters(cls)}
+    """Type hints of all arguments; Python 3.10 makes Any with a default of None an Optional[Any]."""
+    found = {name: get_type_hints(cls.__init__).get(name, Any) for name in parameters(cls)}
+    return {name: Any if Any in get_args(hint) else hint for name, hint in found.items()}
 
 
 def examples(hint: Any) -> list[Any]:

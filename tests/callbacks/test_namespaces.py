@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,9 @@ def values(monitor: Any) -> list[Any]:
 @pytest.mark.parametrize("package", PACKAGES)
 def test_a_resumed_run(package: str, other: bool, tmp_path: Path) -> None:
     """Mixin, monitors, tracker and a stateful callback, cut after three of four epochs and resumed: as uncut."""
+
+    if other and tuple(map(int, version("lightning").split(".")[:2])) < (2, 6):
+        pytest.skip("Lightning before 2.6 refuses a user's callback of the other package")  # ours are of both
 
     def run(folder: str, epochs: int, checkpoint: Any = None) -> Any:
         module = mixed(package)()

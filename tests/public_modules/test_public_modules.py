@@ -71,7 +71,7 @@ def test_monitors_change_no_bit_and_tell_what_they_cannot_measure(public: Public
     plain, _ = trained(public, [])
     watched, told = trained(public, used)
     assert {key for key in plain if plain[key] != watched[key]} == set()
-    curvature, features = ([record for record in monitor.records] for monitor in used)
+    curvature, features = (monitor.records for monitor in used)
     assert [record.phase for record in curvature] == [record.phase for record in features] == ["start", "end"]
     for record in curvature:
         measured = {key.split("/")[1] for key in record.values}
