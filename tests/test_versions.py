@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import re
+import sys
+from importlib import import_module
 from pathlib import Path
 
 OLDEST = Path(__file__).with_name("oldest.txt")
@@ -16,14 +17,12 @@ def pins() -> dict[str, str]:
 
 
 def bounds() -> dict[str, str]:
-    """Lower bounds of the dependencies and of the tests' own."""
-    found = {}
-    for requirement in importlib.metadata.requires("lightning-plasticity") or []:
-        extra = re.search(r"extra == ['\"](\w+)['\"]", requirement)
-        match = re.match(r"([\w-]+)(?:\[\w+\])?>=([\w.]+)", requirement)
-        if match and (extra is None or extra[1] == "test"):
-            found[match[1].lower()] = match[2]
-    return found
+    """Lower bounds of the dependencies and of the tests' own, from the file: an editable install may be an old one."""
+    toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # pytest brings tomli
+    project = toml.loads((OLDEST.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    found = (re.match(r"([\w-]+)(?:\[\w+\])?>=([\w.]+)", requirement) for requirement in requirements)
+    return {match[1].lower(): match[2] for match in found if match}
 
 
 def numbers(version: str) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from types import ModuleType, NoneType, UnionType
@@ -23,8 +23,25 @@ from lightning_plasticity.regularization import Regularizer
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 BASES = (Callback, TaskSchedule, Regularizer)
-# Values for arguments whose type hint says less than their check, by class and argument.
-EXAMPLES: dict[tuple[str, str], list[Any]] = {}
+# For arguments whose check asks for more than their type hint says, by class and argument.
+REDO, SHRINK = (
+    {"class_path": f"lightning_plasticity.{name}", "init_args": {}} for name in ("ReDo", "ShrinkAndPerturb")
+)
+EXAMPLES: dict[tuple[str, str], list[Any]] = {
+    ("ContinualBackprop", "decay"): [0.25, 0],
+    ("ContinualBackprop", "intervene_fraction"): [0.25, 1],
+    ("ContinualBackprop", "replacement_rate"): [0.25, 1],
+    ("PlasticityAlert", "fraction"): [0.25, 1],
+    ("PlasticityAlert", "on_alert"): [None, REDO, [REDO, SHRINK]],
+    ("ShrinkAndPerturb", "shrink"): [0.25, 1],
+    ("SpectralNorm", "bias_exponent"): [2.5, 3],
+    ("SpectralNorm", "k"): [2.5, 3],
+}
+# What to give along with an argument, whose values do not go with a default.
+ALONG: dict[tuple[str, str], dict[str, Any]] = {
+    ("PlasticityAlert", "bad"): {"fraction": 1},
+    ("ShrinkAndPerturb", "when"): {"shrink": 0.999999},
+}
 
 
 def public(*namespaces: ModuleType) -> dict[type, str]:
@@ -63,6 +80,8 @@ def examples(hint: Any) -> list[Any]:
     if origin in (list, Sequence):
         items = examples(arguments[0])
         return [items, items[:1]] if len(items) > 1 else [items]
+    if origin in (dict, Mapping):
+        return [{examples(arguments[0])[0]: value} for value in examples(arguments[1])]
     if origin is tuple:
         items = [examples(argument)[0] for argument in arguments if argument is not Ellipsis]
         return [items]
@@ -88,7 +107,11 @@ def each_value() -> Iterator[Any]:
     for cls, path in PATHS.items():
         for argument, hint in hints(cls).items():
             for value in [] if hint is Any else values_of(cls, argument):
-                given = value["class_path"].rpartition(".")[2] if isinstance(value, dict) else json.dumps(value)
+                given = (
+                    value["class_path"].rpartition(".")[2]
+                    if isinstance(value, dict) and "class_path" in value
+                    else json.dumps(value)
+                )
                 yield pytest.param(cls, argument, value, id=f"{path.rpartition('.')[2]}-{argument}-{given[:40]}")
 
 
@@ -123,7 +146,7 @@ def shows(kept: Any, given: Any) -> bool:
     """Whether what is kept is what was given; one value may be kept as a sequence of one."""
     if given is None:
         return True  # "the default", which a class may resolve
-    if isinstance(given, dict):
+    if isinstance(given, dict) and "class_path" in given:
         return bool(type(kept) is next(cls for cls, path in PATHS.items() if path == given["class_path"]))
     if isinstance(given, list):
         return len(kept) == len(given) and all(map(shows, kept, given))
@@ -164,7 +187,7 @@ def test_defaults(cls: type) -> None:
 def test_every_argument(cls: type, argument: str, value: Any) -> None:
     """From a file, from the command line, and from the file that is saved of it."""
     parser = parser_for(cls)
-    settings = required(cls) | {argument: value}
+    settings = required(cls) | ALONG.get((cls.__name__, argument), {}) | {argument: value}
     # A copy, for the parser changes what it is given.
     from_file = parser.parse_object({"it": {"class_path": PATHS[cls], "init_args": deepcopy(settings)}})
     words = [f"--it={PATHS[cls]}"]
