@@ -1,6 +1,7 @@
 # The one door: people and continuous integration call the same targets.
 #   make demo                    set up and run the demo
 #   make test                    set up, then lint, types and tests
+#   make test-oldest            the tests with the lower bounds of pyproject.toml
 #   make tests ARGS="-k lanczos" run some tests
 # A stamp file in the virtual environment records an install; it is redone only when pyproject.toml changes.
 
@@ -18,10 +19,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 INSTALLED_DEV := $(VENV)/.installed-dev
 INSTALLED_BENCH := $(VENV)/.installed-bench
+# Environments of their own: 6 GB each, removed by `make clean`.
+OLDEST := $(VENV)-oldest
+NEWEST := $(VENV)-newest
+PUBLIC := $(VENV)-public
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test install dev lint format types tests bench clean
+.PHONY: help demo test install dev lint format types tests test-oldest test-newest test-public bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -53,11 +58,27 @@ types: $(INSTALLED_DEV) ## check types
 tests: $(INSTALLED_DEV) ## run the tests (arguments in ARGS)
 	$(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
 
+test-oldest: ## run the tests with the oldest supported versions (6 GB; PYTHON=python3.10 for the oldest Python)
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --requirement tests/oldest.txt
+	$(OLDEST)/bin/python -m pip install --no-deps --editable .
+	$(OLDEST)/bin/python -m pytest -n $(WORKERS) --ignore tests/test_benchmarks.py $(ARGS)
+
+test-newest: ## run the tests with the newest versions that pip finds
+	$(PYTHON) -m venv $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --upgrade --upgrade-strategy eager --editable '.[test]'
+	$(NEWEST)/bin/python -m pytest -n $(WORKERS) --ignore tests/test_benchmarks.py $(ARGS)
+
+test-public: ## train modules of other packages with and without the monitors
+	$(PYTHON) -m venv $(PUBLIC)
+	$(PUBLIC)/bin/python -m pip install --editable '.[public]'
+	$(PUBLIC)/bin/python -m pytest -m public tests/public_modules $(ARGS)
+
 bench: $(INSTALLED_BENCH) ## compare speed with other libraries (ARGS="--quick" for a smoke test)
 	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 clean: ## remove the virtual environment and what the tools left
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(PUBLIC) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -21,3 +21,11 @@ def require(module: str, purpose: str) -> ModuleType:
         raise ModuleNotFoundError(
             f"{purpose} needs {package}, which is not installed; run: pip install {package}"
         ) from error
+
+
+def if_installed(module: str) -> ModuleType | None:
+    """Import a module; None where it is missing, or broken in this environment."""
+    try:
+        return import_module(module)
+    except Exception:
+        return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import random
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -145,6 +146,11 @@ def trainer(callbacks: Sequence[L.Callback] = (), **settings: Any) -> L.Trainer:
         "max_epochs": 1,
     }
     return L.Trainer(callbacks=list(callbacks), **{**quiet, **settings})
+
+
+def loading(weights_only: bool) -> dict[str, bool]:
+    """An argument of ``Trainer.fit`` that Lightning has from 2.6 on; earlier ones load whatever the file holds."""
+    return {"weights_only": weights_only} if "weights_only" in inspect.signature(L.Trainer.fit).parameters else {}
 
 
 class Witness(L.Callback):

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_plasticity.callbacks.arguments import choice, whole_number
+from lightning_plasticity.callbacks.base import Callback
 from lightning_plasticity.callbacks.intervention import join
 from lightning_plasticity.callbacks.monitor import PHASES, BoundaryMonitor, Phase
 from lightning_plasticity.callbacks.task_tracker import TaskTracker

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypedDict
 
-from lightning.pytorch import Callback
 from lightning.pytorch.loggers.logger import DummyLogger
+
+from lightning_plasticity.callbacks.base import Callback
 
 
 class FewHooks(Callback):

@@ -10,10 +10,11 @@ from typing import Any, Literal
 from weakref import ref
 
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from lightning_plasticity.callbacks.base import Callback
 from lightning_plasticity.callbacks.live import live_optimizers, quiet
 from lightning_plasticity.callbacks.processes import joined_batches, several
 from lightning_plasticity.callbacks.sharding import refuse_sharded_regularizers

@@ -155,7 +155,7 @@ class LayerReset(SeededIntervention):
 
     def __init__(
         self,
-        layers: str | int | list[str] = "head",
+        layers: Literal["head", "all"] | int | list[str] = "head",
         when: Literal["task", "call"] = "task",
         reset_optimizer: bool = True,
         init: LayerInit = "default",

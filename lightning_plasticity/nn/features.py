@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from fnmatch import fnmatchcase
 from types import TracebackType
 from typing import Any
@@ -124,7 +124,7 @@ def first_tensor(value: Any) -> Tensor | None:
     if isinstance(value, dict):
         value = value.values()
     elif is_dataclass(value) and not isinstance(value, type):
-        value = vars(value).values()
+        value = [getattr(value, entry.name) for entry in fields(value)]  # not vars(), for the sake of slots
     elif not isinstance(value, tuple | list):
         return None
     for item in value:

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringDataModule, BoringModel
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from matplotlib.figure import Figure
-from runs import Classifier, Validated, loader, mlp, monitors, trainer
+from runs import Classifier, Validated, loader, loading, mlp, monitors, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_plasticity import FeatureRankMonitor, HessianSpectrumMonitor, Spectrum
@@ -119,7 +119,7 @@ def test_state_is_plain_and_a_resumed_run_continues_the_records(tmp_path: Path) 
     assert sum("Monitor" in key for key in state) == 2
     again = monitors()
     resumed = trainer(again, max_epochs=2)
-    resumed.fit(Classifier(mlp()), loader(1), ckpt_path=tmp_path / "after.ckpt", weights_only=True)
+    resumed.fit(Classifier(mlp()), loader(1), ckpt_path=tmp_path / "after.ckpt", **loading(weights_only=True))
     for before, after in zip(pair, again, strict=True):
         assert after.records[:4] == before.records  # type: ignore[attr-defined]
     fit(again, 1)
@@ -142,7 +142,7 @@ def test_the_figure_of_a_resumed_run_shows_the_tasks_before(tmp_path: Path, monk
     run.save_checkpoint(tmp_path / "after.ckpt")
     other = [HessianSpectrumMonitor(quantities=("ggn",), when="start", probe_samples=8)]
     resumed = trainer(other, max_epochs=2, logger=logger)
-    resumed.fit(Classifier(mlp()), loader(1), ckpt_path=tmp_path / "after.ckpt", weights_only=True)
+    resumed.fit(Classifier(mlp()), loader(1), ckpt_path=tmp_path / "after.ckpt", **loading(weights_only=True))
     trainer(other, logger=logger).fit(Classifier(mlp()), loader(1))
     assert shown[0] == [0]
     assert shown[-1][:2] == [0, 1]

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.tuner import Tuner
+from runs import loading
 from small_fits import BATCH, BATCHES, Net, batches, data, fit, trainer, weights
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
@@ -255,7 +256,7 @@ def test_resuming_inside_a_window_is_bit_exact(how: str, weights_only: bool, acc
     for epoch in (0, 1):
         resumed, callbacks = by(how, optimizer="adam")
         run = trainer(callbacks=[*callbacks, saver()], enable_checkpointing=True, **options)
-        run.fit(resumed, data(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt", weights_only=weights_only)
+        run.fit(resumed, data(), ckpt_path=tmp_path / f"epoch={epoch}.ckpt", **loading(weights_only))
         assert torch.equal(weights(resumed), weights(whole))
 
 

@@ -216,7 +216,7 @@ def test_one_string_is_refused() -> None:
 # ---- taps ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(slots=True)  # without a __dict__, as chemprop's graphs
 class Output:
     index: int
     hidden: Tensor
