@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch import Trainer
 
 Settings = dict[str, Any]
 
@@ -202,20 +204,16 @@ def _entry(value: Any, where: str, extra: tuple[str, ...] = ()) -> Settings:
     if not isinstance(class_path, str) or "." not in class_path:
         raise StudyError(f"{where}: class_path is {class_path!r}, expected an import path, e.g. package.module.Class.")
     arguments = _mapping(value.get("init_args") or {}, f"{where}.init_args")
-    return {"class_path": class_path, "init_args": arguments} | {k: value[k] for k in extra if k in value}
+    entry: Settings = {"class_path": class_path, "init_args": arguments}
+    return entry | {k: value[k] for k in extra if k in value}
 
 
 def _trainer(value: Any, where: str) -> Settings:
-    import inspect
-
-    from lightning.pytorch import Trainer
-
-    value = _mapping(value or {}, where)
-    for key in value.keys() & MANAGED.keys():
+    arguments = _mapping(value or {}, where)
+    for key in arguments.keys() & MANAGED.keys():
         raise StudyError(f"{where}: the study sets {key!r} itself; {MANAGED[key]}.")
-    known = [name for name in inspect.signature(Trainer.__init__).parameters if name != "self"]
-    _only_known(value, known, where)
-    return value
+    _only_known(arguments, [name for name in inspect.signature(Trainer.__init__).parameters if name != "self"], where)
+    return arguments
 
 
 def _mapping(value: Any, where: str) -> Settings:
