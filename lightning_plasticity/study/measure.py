@@ -86,6 +86,8 @@ class TaskRows(Callback):
         self.rows: list[Row] = []
         self._per_epoch: bool | None = None  # how the metric comes, once known
         self._values: list[Tensor] = []
+        self._epoch_open = False
+        self._returned = "no dict"  # by the last training step, for errors
         self._started = 0.0
         self._warned = False
 
@@ -98,6 +100,8 @@ class TaskRows(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Collect the value before the update."""
+        self._epoch_open = True
+        self._returned = ", ".join(outputs) if isinstance(outputs, Mapping) else "no dict"
         if self._per_epoch:
             return
         value = outputs.get(self.metric) if isinstance(outputs, Mapping) else None
@@ -108,19 +112,25 @@ class TaskRows(Callback):
         if value is not None:
             self._values.append(_scalar(value, self.metric))
         elif not self._per_epoch:
-            raise self._missing(trainer, outputs)
+            raise self._missing(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A metric that is logged by the epoch is its mean over the epoch's minibatches."""
-        if self._per_epoch:
+        """Collect a metric that is logged by the epoch: its mean over the epoch's minibatches."""
+        self._end_epoch(trainer)
+
+    def _end_epoch(self, trainer: Trainer) -> None:
+        """Once for each epoch: a task may end in an epoch's end before this callback hears of that."""
+        if self._epoch_open and self._per_epoch:
             value = trainer.callback_metrics.get(self.metric)
             if value is None:
-                raise self._missing(trainer, None)
+                raise self._missing(trainer)
             self._values.append(_scalar(value, self.metric))
+        self._epoch_open = False
 
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
         """Close the row."""
         seconds = time.perf_counter() - self._started
+        self._end_epoch(trainer)
         name = column_name(self.metric)
         online = float(torch.stack(self._values).double().mean()) if self._values else math.nan
         row = {f"online_{name}": online, f"end_{name}": self._end_value(trainer, pl_module)}
@@ -141,12 +151,11 @@ class TaskRows(Callback):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "tell": None}
 
-    def _missing(self, trainer: Trainer, outputs: Any) -> StudyError:
-        returned = ", ".join(outputs) if isinstance(outputs, Mapping) else "no dict"
-        logged = ", ".join(trainer.callback_metrics) or "nothing"
+    def _missing(self, trainer: Trainer) -> StudyError:
+        logged = ", ".join(key for key in trainer.callback_metrics if not key.startswith("plasticity/")) or "nothing"
         return StudyError(
-            f"online_metric {self.metric!r} was not found: training_step returned {returned}, and the module logged "
-            f"{logged}. Return it in training_step's dict, log it there, or name another key."
+            f"online_metric {self.metric!r} was not found: training_step returned {self._returned}, and the module "
+            f"logged {logged}. Return it in training_step's dict, log it there, or name another key."
         )
 
     def _end_value(self, trainer: Trainer, pl_module: LightningModule) -> float:
