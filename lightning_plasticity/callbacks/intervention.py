@@ -67,7 +67,8 @@ class Intervention(Callback):
         key = f"plasticity/interventions/{self.label}/{quantity}"
         values = {f"{key}/{re.sub('[^A-Za-z0-9_.]', '_', name)}": float(n) for name, n in counts.items() if name}
         step = trainer.global_step if self._tracker is None else self._tracker.step
-        log_scalars(trainer.loggers, {key: float(sum(counts.values())), **values}, step)
+        for logger in trainer.loggers:
+            log_scalars(logger, {key: float(sum(counts.values())), **values}, step)
 
 
 class UnitIntervention(Intervention):

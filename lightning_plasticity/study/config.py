@@ -15,6 +15,8 @@ from typing import Any
 import yaml
 from lightning.pytorch import Trainer
 
+import lightning_plasticity
+
 Settings = dict[str, Any]
 
 STUDY_KEYS = (
@@ -34,6 +36,16 @@ MANAGED = {
     "fast_dev_run": "give the stream fewer tasks instead",
     "max_time": "tasks have a length of their own",
 }
+
+# No bound on seconds: what is measured must not depend on how busy the machine is.
+DEFAULT_MEASURE: tuple[Settings, ...] = (
+    {
+        "class_path": "lightning_plasticity.HessianSpectrumMonitor",
+        "init_args": {"quantities": ["ggn"], "probe_samples": 150, "when": "start", "max_seconds": None},
+    },
+    {"class_path": "lightning_plasticity.FeatureRankMonitor", "init_args": {"when": "start"}},
+    {"class_path": "lightning_plasticity.TrainabilityProbe", "init_args": {"max_seconds": None}},
+)
 
 
 class StudyError(ValueError):
@@ -145,7 +157,7 @@ def parse_study(plain: Any, search: tuple[str, ...] = ()) -> Study:
         "optimizer": _entry(plain["optimizer"], "optimizer") if plain.get("optimizer") else None,
         "callbacks": _entries(plain.get("callbacks"), "callbacks"),
         "trainer": _trainer(plain.get("trainer"), "trainer"),
-        "measure": None if measure is None else _entries(measure, "measure", extra=("tasks",)),
+        "measure": _default_measure() if measure is None else _entries(measure, "measure", extra=("tasks",)),
         "threads": _whole(plain.get("threads", 1), "threads", 1),
         "fits": fits,
         "online_metric": metric,
@@ -163,6 +175,10 @@ def parse_study(plain: Any, search: tuple[str, ...] = ()) -> Study:
     if len(set(seeds)) < len(seeds):
         raise StudyError(f"seeds {seeds} holds a seed twice.")
     return Study(methods, tuple(seeds), search)
+
+
+def _default_measure() -> list[Settings]:
+    return [entry for entry in DEFAULT_MEASURE if hasattr(lightning_plasticity, entry["class_path"].split(".")[1])]
 
 
 def _merged(shared: Settings, own: Any, where: str) -> Settings:

@@ -13,7 +13,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
-import lightning_plasticity
 from lightning_plasticity.callbacks import TaskTracker
 from lightning_plasticity.callbacks.live import live_optimizers, quiet
 from lightning_plasticity.callbacks.probe_data import probe_batches
@@ -28,24 +27,9 @@ from lightning_plasticity.study.config import Settings, StudyError, column_name
 END_SAMPLES = 10_000
 Row = dict[str, float]
 
-# No bound on seconds: what is measured must not depend on how busy the machine is.
-DEFAULT_MEASURE: tuple[Settings, ...] = (
-    {
-        "class_path": "lightning_plasticity.HessianSpectrumMonitor",
-        "init_args": {"quantities": ["ggn"], "probe_samples": 150, "when": "start", "max_seconds": None},
-    },
-    {"class_path": "lightning_plasticity.FeatureRankMonitor", "init_args": {"when": "start"}},
-    {"class_path": "lightning_plasticity.TrainabilityProbe", "init_args": {}},
-)
 
-
-def monitor_makers(measure: list[Settings] | None, where: str = "measure") -> list[tuple[Maker, Any]]:
+def monitor_makers(measure: list[Settings], where: str = "measure") -> list[tuple[Maker, Any]]:
     """The monitors, checked, each with its ``tasks``: ``"all"``, ``"last"`` or every so many."""
-    if measure is None:
-        names = [entry["class_path"].rpartition(".")[2] for entry in DEFAULT_MEASURE]
-        measure = [
-            entry for name, entry in zip(names, DEFAULT_MEASURE, strict=True) if hasattr(lightning_plasticity, name)
-        ]
     found = []
     for k, entry in enumerate(measure):
         maker = Maker(entry, f"{where}[{k}]")

@@ -125,7 +125,7 @@ def assemble(unit: Unit, directory: Path) -> Parts:
         maker(save_dir=str(directory), every_n_tasks=every_n_tasks(tasks, stream.num_tasks))
         for maker, tasks in monitor_makers(settings["measure"])
     ]
-    own = [maker() for maker in made["callbacks"]]
+    own = [maker(seed=unit.seed) for maker in made["callbacks"]]
     regularizers = [maker() for maker in made["regularizers"]]
     if regularizers:
         own.append(Regularization(regularizers))

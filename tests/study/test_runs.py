@@ -103,6 +103,7 @@ def test_a_study_writes_all_it_promises(tmp_path: Path) -> None:
 def test_one_fit_is_the_users_own_fit(tmp_path: Path, whole: dict[str, Path]) -> None:
     """The same seed, module, stream and Trainer by hand."""
     import lightning as L
+
     from lightning_plasticity.study.unit import _fingerprint
 
     L.seed_everything(0, verbose=False)
@@ -121,6 +122,7 @@ def test_one_fit_is_the_users_own_fit(tmp_path: Path, whole: dict[str, Path]) ->
 
 def test_fits_for_each_task_are_the_users_own(whole: dict[str, Path]) -> None:
     import lightning as L
+
     from lightning_plasticity.study.unit import _fingerprint
 
     L.seed_everything(0, verbose=False)
@@ -235,7 +237,13 @@ def test_a_logged_metric_is_read(fits: str, per_step: bool, as_object: bool, tmp
     outcome, _ = run(
         tmp_path,
         plain_study(
-            module=module, stream=stream, fits=fits, online_metric="train/acc", seeds=[0], methods={"a": None}, measure=[]
+            module=module,
+            stream=stream,
+            fits=fits,
+            online_metric="train/acc",
+            seeds=[0],
+            methods={"a": None},
+            measure=[],
         ),
     )
     assert outcome.failures == {}
