@@ -190,16 +190,25 @@ def test_a_killed_study_goes_on_bit_identically(fits: str, tmp_path: Path, whole
     assert weights(out) == weights(whole[fits])
 
 
-def test_jobs_give_what_one_process_gives(tmp_path: Path, whole: dict[str, Path]) -> None:
-    """Two processes; one is killed once, so the pool breaks and is made again."""
+@pytest.mark.parametrize(
+    "deaths", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(9, marks=pytest.mark.slow)]
+)
+def test_jobs_give_what_one_process_gives(deaths: int, tmp_path: Path, whole: dict[str, Path]) -> None:
+    """Two processes; one is killed so many times, so the pool breaks and is made again."""
     study = three_tasks("per_task")
-    dies = {"class_path": "study_cases.Dies", "init_args": {"directory": str(tmp_path)}}
+    dies = {"class_path": "study_cases.Dies", "init_args": {"directory": str(tmp_path), "times": deaths}}
     study["methods"]["plain"] = {"callbacks": [dies]}
-    outcome, _ = run(tmp_path / "out", study, jobs=2)
-    assert (tmp_path / "died0").exists()
-    assert outcome.failures == {}
-    assert timeless(outcome.rows) == timeless(read_table(whole["per_task"]))
-    assert weights(tmp_path / "out") == weights(whole["per_task"])
+    outcome, text = run(tmp_path / "out", study, jobs=2)
+    expected = timeless(read_table(whole["per_task"]))
+    if deaths < 2:
+        assert outcome.failures == {}
+        assert timeless(outcome.rows) == expected
+        assert weights(tmp_path / "out") == weights(whole["per_task"])
+    else:
+        assert set(outcome.failures) == {"plain, seed 0"}
+        assert "its process died 2 times in task 1" in text
+        assert timeless(outcome.rows) == [row for row in expected if row["method"] == "l2er"]
+    assert len(list(tmp_path.glob("died*"))) == min(deaths, 2)
 
 
 def test_a_failed_unit_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
