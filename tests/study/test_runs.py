@@ -120,6 +120,29 @@ def test_one_fit_is_the_users_own_fit(tmp_path: Path, whole: dict[str, Path]) ->
     assert _fingerprint(net) == weights(whole["one"])["units/plain/seed0/result.json"]
 
 
+def test_a_study_in_one_fit_is_the_demo(tmp_path: Path) -> None:
+    """Another implementation of the same run: accuracy, curvature and features are the same numbers."""
+    from lightning_plasticity.demo.train import train
+
+    stream = {
+        "class_path": "lightning_plasticity.streams.RandomLabelDigits",
+        "init_args": {"num_tasks": 2, "epochs_per_task": 2},
+    }
+    study = plain_study(module="lightning_plasticity.demo.network.Plain", stream=stream, fits="one", seeds=[3])
+    del study["measure"]  # the default is the demo's
+    study["methods"] = {"plain": None, "l2er": {"module": {"class_path": "lightning_plasticity.demo.network.L2ER"}}}
+    outcome, _ = run(tmp_path / "study", study)
+    for method in study["methods"]:
+        demo: list[dict[str, float]] = []
+        train(method, 3, tmp_path / "demo", 2, 2, demo.append)
+        rows = [row for row in outcome.rows if row["method"] == method]
+        assert [row["online_accuracy"] for row in rows] == pytest.approx([row["online_accuracy"] for row in demo])
+        assert [row["ggn/eps_rank_0.01"] for row in rows] == [row["ggn_eps_rank_0.01"] for row in demo]
+        assert [row["features/dead_units"] for row in rows] == [row["dead_units"] for row in demo]
+        last = [key for key in rows[0] if key.startswith("features/effective_rank/")][-1]
+        assert [row[last] for row in rows] == [row["effective_rank"] for row in demo]
+
+
 def test_fits_for_each_task_are_the_users_own(whole: dict[str, Path]) -> None:
     import lightning as L
 
@@ -308,6 +331,36 @@ def test_tables_hold_what_is_not_finite(tmp_path: Path) -> None:
     assert (tmp_path / "results.csv").read_text().splitlines()[1:] == ["a,0,0,0.1,nan,", "a,0,1,,,inf"]
 
 
-def test_the_ready_made_study_can_be_read() -> None:
-    study = load_study(Path(HERE).parent / "examples" / "study_digits.yaml")
-    assert {"plain", "l2er"} <= set(study.methods)
+def test_a_terminal_shows_a_live_table(tmp_path: Path) -> None:
+    fails = {"class_path": "study_cases.Fails", "init_args": {}}
+    study = plain_study(seeds=[0], measure=[], methods={"good": None, "bad": {"callbacks": [fails]}})
+    text = io.StringIO()
+    console = Console(file=text, width=120, force_terminal=True)
+    run_study(parse_study(study, (HERE,)), tmp_path, console=console)
+    shown = text.getvalue()
+    assert "seeds finished" in shown
+    last = shown[shown.rindex("seeds finished") :]
+    assert "1 of 1" in last
+    assert "0 of 1, " in last
+    assert "1 failed" in last
+
+
+def test_results_come_back_from_machines_without_our_disk(tmp_path: Path) -> None:
+    """What a worker elsewhere returns is written where it is read, result and error alike."""
+    from lightning_plasticity.study.run import _keep
+    from lightning_plasticity.study.unit import run_unit
+
+    study = parse_study(plain_study(seeds=[0], methods={"a": None}), (HERE,))
+    (unit,) = study.units()
+    elsewhere = run_unit(unit, tmp_path / "elsewhere")
+    _keep(unit, elsewhere, tmp_path / "here")
+    assert read_json(unit.directory(tmp_path / "here") / "result.json") == elsewhere["result"]
+    _keep(unit, {"error": "out of luck"}, tmp_path / "other")
+    assert (unit.directory(tmp_path / "other") / "error.txt").read_text() == "out of luck"
+
+
+def test_the_ready_made_study_can_be_run() -> None:
+    """All its classes exist and take these arguments."""
+    from lightning_plasticity.study.run import check
+
+    check(load_study(Path(HERE).parent / "examples" / "study_digits.yaml"))
