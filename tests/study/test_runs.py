@@ -69,7 +69,9 @@ def three_tasks(fits: str, **changes: Any) -> dict[str, Any]:
     return plain_study(fits=fits, stream=stream, seeds=[0], **changes)
 
 
-def test_a_study_writes_all_it_promises(tmp_path: Path) -> None:
+def test_a_study_writes_all_it_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    some = ["online_accuracy", "features/effective_rank"]  # a picture takes a quarter of a second
+    monkeypatch.setattr("lightning_plasticity.study.run.plottable", lambda rows: some)
     outcome, text = run(tmp_path, plain_study())
     assert outcome.failures == {}
     assert "4 of 4 units finished" in text
@@ -89,7 +91,6 @@ def test_a_study_writes_all_it_promises(tmp_path: Path) -> None:
     assert all(row["steps"] == 2 * math.ceil(24 / 5) for row in outcome.rows)
     assert (tmp_path / "overview.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "plots" / "features_effective_rank.png").exists()
-    assert not (tmp_path / "plots" / "features_effective_rank_net.1.png").exists()
     assert "against plain" in (tmp_path / "comparison.txt").read_text()
     assert not list(tmp_path.rglob("log.txt"))
     # Nothing is left to do, and nothing is done.
@@ -185,7 +186,7 @@ def test_a_unit_that_failed_goes_on_bit_identically(
     assert weights(out) == weights(whole[fits])
 
 
-@pytest.mark.parametrize("fits", ["per_task", "one"])
+@pytest.mark.parametrize("fits", [pytest.param("per_task", marks=pytest.mark.slow), "one"])
 def test_a_killed_study_goes_on_bit_identically(fits: str, tmp_path: Path, whole: dict[str, Path]) -> None:
     """``kill -9`` of the process that runs it, in the second task of the second unit."""
     marker = tmp_path / "waiting"
