@@ -187,3 +187,40 @@ def test_growth_finds_slopes(tmp_path: Path) -> None:
     assert memory.met is None
     growth.draw(series, found, tmp_path / "growth.png")
     assert "slope 2.00" in growth.report(series, {"series": found, "machine": "here"})
+
+
+# Studies
+
+
+def test_cost_of_methods(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(
+        """
+module: study_cases.Net
+stream: study_cases.Stream
+trainer: {accelerator: cpu}
+methods:
+  plain:
+  twice: {transforms: [{class_path: study_cases.halve}]}
+"""
+    )
+    module("methods").main([str(file), "--quick"])
+    shown = capsys.readouterr().out
+    assert "plain" in shown
+    assert "ratio 1.000 (1.000 to 1.000)" in shown
+    assert "twice" in shown
+
+
+def test_prediction_of_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"method": method, "seed": seed, "task": task, "online_accuracy": accuracy, "x": accuracy, "x/net.1": accuracy}
+        for method in ("plain", "l2er")
+        for seed in range(3)
+        for task in range(6)
+        for accuracy in [0.8 - 0.1 * task * (method == "plain") + 0.001 * seed]
+    ]
+    importlib.import_module("lightning_plasticity.study.table").write_table(rows, tmp_path)
+    module("prediction").main([str(tmp_path), "--resamples", "5"])
+    assert "3 runs fall, 3 do not" in capsys.readouterr().out
+    lines = (tmp_path / "prediction.csv").read_text().splitlines()
+    assert [line.split(",")[0] for line in lines] == ["measure", "online_accuracy", "x"]

@@ -67,18 +67,18 @@ class Maker:
     Args:
         entry: ``class_path`` and ``init_args``.
         where: its place in the file, for errors.
-        given: arguments that are handed over as objects, by name or position, not from the file.
+        given: how many leading arguments are handed over as objects, not from the file.
 
     Raises:
         StudyError: when the class cannot be imported, or does not take these arguments.
     """
 
-    def __init__(self, entry: Settings, where: str, given: Collection[str | int] = ()) -> None:
+    def __init__(self, entry: Settings, where: str, given: int = 0) -> None:
         self.entry, self.where = entry, where
         self.target = find(entry["class_path"], where)
         self._parser = jsonargparse.ArgumentParser(exit_on_error=False)
-        skip = set(given)
         try:
+            skip: set[str | int] = set(list(inspect.signature(self.target).parameters)[:given])
             if inspect.isclass(self.target):
                 added = self._parser.add_class_arguments(
                     self.target, "x", skip=skip, instantiate=False, fail_untyped=False
@@ -146,10 +146,10 @@ def makers(settings: Settings, where: str) -> dict[str, list[Maker]]:
     """
     found: dict[str, list[Maker]] = {}
     for key in ("module", "stream", "optimizer"):
-        given = (0,) if key == "optimizer" else ()
+        given = 1 if key == "optimizer" else 0
         found[key] = [Maker(settings[key], f"{where}{key}", given)] if settings[key] else []
     for key in ("transforms", "callbacks", "regularizers"):
-        given = (0,) if key == "transforms" else ()
+        given = 1 if key == "transforms" else 0
         found[key] = [Maker(entry, f"{where}{key}[{k}]", given) for k, entry in enumerate(settings[key])]
     for group in found.values():
         for maker in group:

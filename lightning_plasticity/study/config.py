@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import inspect
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch import Trainer
+
+import lightning_plasticity
 
 Settings = dict[str, Any]
 
@@ -32,6 +36,16 @@ MANAGED = {
     "fast_dev_run": "give the stream fewer tasks instead",
     "max_time": "tasks have a length of their own",
 }
+
+# No bound on seconds: what is measured must not depend on how busy the machine is.
+DEFAULT_MEASURE: tuple[Settings, ...] = (
+    {
+        "class_path": "lightning_plasticity.HessianSpectrumMonitor",
+        "init_args": {"quantities": ["ggn"], "probe_samples": 150, "when": "start", "max_seconds": None},
+    },
+    {"class_path": "lightning_plasticity.FeatureRankMonitor", "init_args": {"when": "start"}},
+    {"class_path": "lightning_plasticity.TrainabilityProbe", "init_args": {"max_seconds": None}},
+)
 
 
 class StudyError(ValueError):
@@ -143,7 +157,7 @@ def parse_study(plain: Any, search: tuple[str, ...] = ()) -> Study:
         "optimizer": _entry(plain["optimizer"], "optimizer") if plain.get("optimizer") else None,
         "callbacks": _entries(plain.get("callbacks"), "callbacks"),
         "trainer": _trainer(plain.get("trainer"), "trainer"),
-        "measure": None if measure is None else _entries(measure, "measure", extra=("tasks",)),
+        "measure": _default_measure() if measure is None else _entries(measure, "measure", extra=("tasks",)),
         "threads": _whole(plain.get("threads", 1), "threads", 1),
         "fits": fits,
         "online_metric": metric,
@@ -161,6 +175,10 @@ def parse_study(plain: Any, search: tuple[str, ...] = ()) -> Study:
     if len(set(seeds)) < len(seeds):
         raise StudyError(f"seeds {seeds} holds a seed twice.")
     return Study(methods, tuple(seeds), search)
+
+
+def _default_measure() -> list[Settings]:
+    return [entry for entry in DEFAULT_MEASURE if hasattr(lightning_plasticity, entry["class_path"].split(".")[1])]
 
 
 def _merged(shared: Settings, own: Any, where: str) -> Settings:
@@ -202,20 +220,16 @@ def _entry(value: Any, where: str, extra: tuple[str, ...] = ()) -> Settings:
     if not isinstance(class_path, str) or "." not in class_path:
         raise StudyError(f"{where}: class_path is {class_path!r}, expected an import path, e.g. package.module.Class.")
     arguments = _mapping(value.get("init_args") or {}, f"{where}.init_args")
-    return {"class_path": class_path, "init_args": arguments} | {k: value[k] for k in extra if k in value}
+    entry: Settings = {"class_path": class_path, "init_args": arguments}
+    return entry | {k: value[k] for k in extra if k in value}
 
 
 def _trainer(value: Any, where: str) -> Settings:
-    import inspect
-
-    from lightning.pytorch import Trainer
-
-    value = _mapping(value or {}, where)
-    for key in value.keys() & MANAGED.keys():
+    arguments = _mapping(value or {}, where)
+    for key in arguments.keys() & MANAGED.keys():
         raise StudyError(f"{where}: the study sets {key!r} itself; {MANAGED[key]}.")
-    known = [name for name in inspect.signature(Trainer.__init__).parameters if name != "self"]
-    _only_known(value, known, where)
-    return value
+    _only_known(arguments, [name for name in inspect.signature(Trainer.__init__).parameters if name != "self"], where)
+    return arguments
 
 
 def _mapping(value: Any, where: str) -> Settings:

@@ -63,11 +63,12 @@ class Display:
         for unit in self.units:
             by_method.setdefault(unit.method, []).append(unit)
         for method, units in by_method.items():
-            states = {unit: self._state(unit) for unit in units}
-            finished = sum(state[0] == "finished" for state in states.values())
-            failed = sum(state[0] == "failed" for state in states.values())
-            running = [f"{u.seed}: {s[1]}/{s[2]}" for u, s in states.items() if s[0] == "running"]
-            newest = [s[3] for s in states.values() if s[0] == "running" and s[3] is not None]
+            states = [(unit.seed, *self._state(unit)) for unit in units]
+            finished = sum(status == "finished" for _, status, *_ in states)
+            failed = sum(status == "failed" for _, status, *_ in states)
+            under_way = [state for state in states if state[1] == "running"]
+            running = [f"{seed}: {done}/{tasks}" for seed, _, done, tasks, _ in under_way]
+            newest = [value for *_, value in under_way if value is not None]
             text = f"{finished} of {len(units)}" + (f", [red]{failed} failed[/red]" if failed else "")
             table.add_row(method, text, ", ".join(running), f"{newest[-1]:.3f}" if newest else "")
         return table

@@ -13,7 +13,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
-import lightning_plasticity
 from lightning_plasticity.callbacks import TaskTracker
 from lightning_plasticity.callbacks.live import live_optimizers, quiet
 from lightning_plasticity.callbacks.probe_data import probe_batches
@@ -28,24 +27,9 @@ from lightning_plasticity.study.config import Settings, StudyError, column_name
 END_SAMPLES = 10_000
 Row = dict[str, float]
 
-# No bound on seconds: what is measured must not depend on how busy the machine is.
-DEFAULT_MEASURE: tuple[Settings, ...] = (
-    {
-        "class_path": "lightning_plasticity.HessianSpectrumMonitor",
-        "init_args": {"quantities": ["ggn"], "probe_samples": 150, "when": "start", "max_seconds": None},
-    },
-    {"class_path": "lightning_plasticity.FeatureRankMonitor", "init_args": {"when": "start"}},
-    {"class_path": "lightning_plasticity.TrainabilityProbe", "init_args": {}},
-)
 
-
-def monitor_makers(measure: list[Settings] | None, where: str = "measure") -> list[tuple[Maker, Any]]:
+def monitor_makers(measure: list[Settings], where: str = "measure") -> list[tuple[Maker, Any]]:
     """The monitors, checked, each with its ``tasks``: ``"all"``, ``"last"`` or every so many."""
-    if measure is None:
-        names = [entry["class_path"].rpartition(".")[2] for entry in DEFAULT_MEASURE]
-        measure = [
-            entry for name, entry in zip(names, DEFAULT_MEASURE, strict=True) if hasattr(lightning_plasticity, name)
-        ]
     found = []
     for k, entry in enumerate(measure):
         maker = Maker(entry, f"{where}[{k}]")
@@ -86,6 +70,8 @@ class TaskRows(Callback):
         self.rows: list[Row] = []
         self._per_epoch: bool | None = None  # how the metric comes, once known
         self._values: list[Tensor] = []
+        self._epoch_open = False
+        self._returned = "no dict"  # by the last training step, for errors
         self._started = 0.0
         self._warned = False
 
@@ -98,6 +84,8 @@ class TaskRows(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Collect the value before the update."""
+        self._epoch_open = True
+        self._returned = ", ".join(outputs) if isinstance(outputs, Mapping) else "no dict"
         if self._per_epoch:
             return
         value = outputs.get(self.metric) if isinstance(outputs, Mapping) else None
@@ -108,19 +96,25 @@ class TaskRows(Callback):
         if value is not None:
             self._values.append(_scalar(value, self.metric))
         elif not self._per_epoch:
-            raise self._missing(trainer, outputs)
+            raise self._missing(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A metric that is logged by the epoch is its mean over the epoch's minibatches."""
-        if self._per_epoch:
+        """Collect a metric that is logged by the epoch: its mean over the epoch's minibatches."""
+        self._end_epoch(trainer)
+
+    def _end_epoch(self, trainer: Trainer) -> None:
+        """Once for each epoch: a task may end in an epoch's end before this callback hears of that."""
+        if self._epoch_open and self._per_epoch:
             value = trainer.callback_metrics.get(self.metric)
             if value is None:
-                raise self._missing(trainer, None)
+                raise self._missing(trainer)
             self._values.append(_scalar(value, self.metric))
+        self._epoch_open = False
 
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
         """Close the row."""
         seconds = time.perf_counter() - self._started
+        self._end_epoch(trainer)
         name = column_name(self.metric)
         online = float(torch.stack(self._values).double().mean()) if self._values else math.nan
         row = {f"online_{name}": online, f"end_{name}": self._end_value(trainer, pl_module)}
@@ -141,12 +135,11 @@ class TaskRows(Callback):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "tell": None}
 
-    def _missing(self, trainer: Trainer, outputs: Any) -> StudyError:
-        returned = ", ".join(outputs) if isinstance(outputs, Mapping) else "no dict"
-        logged = ", ".join(trainer.callback_metrics) or "nothing"
+    def _missing(self, trainer: Trainer) -> StudyError:
+        logged = ", ".join(key for key in trainer.callback_metrics if not key.startswith("plasticity/")) or "nothing"
         return StudyError(
-            f"online_metric {self.metric!r} was not found: training_step returned {returned}, and the module logged "
-            f"{logged}. Return it in training_step's dict, log it there, or name another key."
+            f"online_metric {self.metric!r} was not found: training_step returned {self._returned}, and the module "
+            f"logged {logged}. Return it in training_step's dict, log it there, or name another key."
         )
 
     def _end_value(self, trainer: Trainer, pl_module: LightningModule) -> float:

@@ -111,6 +111,11 @@ def write_reports(rows: list[TableRow], out: Path, metric: str, reference: str) 
         return
     write_table(rows, out)
     write_text(out / "comparison.txt", comparison_text(rows, metric, reference))
+    write_figures(rows, out, metric)
+
+
+def write_figures(rows: list[TableRow], out: Path, metric: str) -> None:
+    """``overview.png``, and ``plots/`` with a picture for each measure."""
     plots = out / "plots"
     plots.mkdir(exist_ok=True)
     overview(rows, metric).savefig(out / "overview.png", dpi=110)

@@ -1,0 +1,55 @@
+"""Which measures tell of the next task's learning, from a study's table: ``python -m benchmarks.prediction STUDY_DIR``.
+
+Give it runs that fall and runs that do not, e.g. ``--only plain,l2er,ln_l2``. Writes ``prediction.csv`` into the
+directory and prints the best by what they add to the last task's accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_plasticity.study import read_table
+from lightning_plasticity.study.files import write_text
+from lightning_plasticity.study.prediction import prediction_table
+
+SHOWN = ("pooled_1", "within_1", "partial_1", "pooled_2", "within_2", "partial_2", "detected", "lead", "false_alarms")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("study", type=Path, help="the --out of a study")
+    parser.add_argument("--only", help="methods, with commas between them (default all)")
+    parser.add_argument("--outcome", default="online_accuracy")
+    parser.add_argument("--resamples", type=int, default=500)
+    parser.add_argument("--layers", action="store_true", help="single layers too, not only means over them")
+    given = parser.parse_args(arguments)
+    rows = read_table(given.study)
+    if given.only:
+        rows = [row for row in rows if row["method"] in given.only.split(",")]
+    keys = {key for row in rows for key in row}
+    if not given.layers:
+        rows = [{key: value for key, value in row.items() if key.rpartition("/")[0] not in keys} for row in rows]
+    table = prediction_table(rows, given.outcome, resamples=given.resamples)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    write_text(given.study / "prediction.csv", text.getvalue())
+    print(f"{table[0]['falling']} runs fall, {table[0]['steady']} do not; value [95 % bootstrap over runs]")
+    for row in sorted(table, key=lambda row: -abs(_number(row["partial_1"]))):
+        print(row["measure"])
+        for name in SHOWN:
+            print(f"  {name:13s} {row[name]:+.2f} [{row[f'{name}_lower']:+.2f}, {row[f'{name}_upper']:+.2f}]")
+
+
+def _number(value: float | str) -> float:
+    return 0.0 if isinstance(value, str) or math.isnan(value) else value
+
+
+if __name__ == "__main__":
+    main()
