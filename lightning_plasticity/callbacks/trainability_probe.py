@@ -152,12 +152,18 @@ class TrainabilityProbe(BoundaryMonitor):
         self._cut: tuple[int, str] | None = None  # fewer steps for the whole run, and why
         self._seen_batch_size: int | None = None  # of training
 
-    @property
-    def state_key(self) -> str:
-        """Two probes of different budgets, targets or names keep their states apart."""
-        named = {} if self.name is None else {"name": self.name}
+    def identity(self) -> dict[str, Any]:
+        """Two probes of different budgets or targets keep their states apart."""
         about = {"num_steps": self.num_steps, "target": self.target, "tau": self.tau, "mode": self.mode}
-        return self._generate_state_key(**about, optimizer_state=self.optimizer_state, **named)
+        return about | {"optimizer_state": self.optimizer_state}
+
+    def plans(self) -> Any:
+        """The steps that the time allows."""
+        return self._cut
+
+    def take_plans(self, plans: Any) -> None:
+        """Take as many steps as rank zero."""
+        self._cut = plans
 
     def state_dict(self) -> dict[str, Any]:
         """The records, the steps that the time allows, and the size of minibatches."""
@@ -188,7 +194,7 @@ class TrainabilityProbe(BoundaryMonitor):
         every = default_every(num_steps, self.evaluate_every)
         found = measure_trainability(
             measured,
-            self._optimizers(trainer) if self.optimizer is None else self.optimizer,
+            self._optimizers(trainer, measured) if self.optimizer is None else self.optimizer,
             Descent(num_steps, every, self._batch_size(measured), self.shuffle, self._clip(trainer)),
             carry_state=self.optimizer_state == "carried",
             target=self.target,
@@ -221,14 +227,20 @@ class TrainabilityProbe(BoundaryMonitor):
             numbers["useful_directions"] = Estimate.exactly(int((found.nodes > eps).sum()))
         return {f"plasticity/trainability/{key}": value for key, value in numbers.items()}
 
-    def _optimizers(self, trainer: Trainer) -> list[Any]:
-        # Where a module has none, Lightning makes one without parameters.
-        if not any(group["params"] for optimizer in trainer.optimizers for group in optimizer.param_groups):
+    def _optimizers(self, trainer: Trainer, measured: Measured) -> list[Any]:
+        found = list(trainer.optimizers)
+        stepped = {id(p) for optimizer in found for group in optimizer.param_groups for p in group["params"]}
+        if not stepped:  # where a module has no optimizer, Lightning makes one without parameters
             raise MeasurementError(
                 "The module has no optimizer (configure_optimizers returns none); pass optimizer=, a function of the "
                 "parameters such as functools.partial(torch.optim.SGD, lr=0.1)."
             )
-        return list(trainer.optimizers)
+        if stepped.isdisjoint(id(p) for p in measured.parameters()):
+            raise MeasurementError(
+                "The module's optimizers step pieces of its weights, and what is measured is a whole copy; pass "
+                "optimizer=, a function of the parameters such as functools.partial(torch.optim.SGD, lr=0.1)."
+            )
+        return found
 
     def _batch_size(self, measured: Measured) -> int | None:
         """The user's, else that of training."""

@@ -324,3 +324,24 @@ def test_a_configuration_builds_it() -> None:
     config: Any = {"class_path": "lightning_plasticity.TrainabilityProbe", "init_args": arguments}
     built = parser.instantiate_classes(parser.parse_object({"probe": config})).probe
     assert (built.num_steps, built.target, built.fresh, built.when) == (7, "relative", False, ("start", "end"))
+
+
+def test_optimizers_of_other_parameters_than_the_measured_ones_are_told() -> None:
+    """As under a sharded strategy, where the probe gets a whole copy of the module."""
+
+    class Copied(TrainabilityProbe):
+        def measure(self, trainer: Any, pl_module: Any, batches: Any, phase: Any) -> Any:
+            return super().measure(trainer, Net(), batches, phase)
+
+    watching = Copied(num_steps=2, seeds=1)
+    (warning,) = [str(w.message) for w in _warned(watching)]
+    assert "step pieces of its weights, and what is measured is a whole copy; pass optimizer=" in warning
+    given = Copied(num_steps=2, seeds=1, optimizer=torch.optim.Adam, on_error="raise")
+    assert _warned(given) == []
+
+
+def _warned(watching: TrainabilityProbe) -> list[Any]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(Net(), callbacks=[watching])
+    return [w for w in caught if "could not measure" in str(w.message)]
