@@ -44,8 +44,8 @@ def insert_layer_norm(
         >>> import torch
         >>> from lightning_plasticity import insert_layer_norm
         >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
-        >>> print(insert_layer_norm(net)[0][1])
-        LayerNorm((3,), eps=1e-05, elementwise_affine=True)
+        >>> insert_layer_norm(net)[0][1].normalized_shape
+        (3,)
     """
     example = getattr(module, "example_input_array", None) if example_input is None else example_input
     if layers is not None:
