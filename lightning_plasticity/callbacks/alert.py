@@ -43,7 +43,7 @@ class PlasticityAlert(Callback):
             one that the module logs, such as ``"train_accuracy"``.
         against: ``"best"``: the best value of this run so far; ``"early"``: the mean over the tasks before
             ``from_task``; ``"fresh"``: the same measure of a freshly initialised network on the same task, which needs
-            a monitor with ``fresh=True``.
+            a monitor with ``fresh_control=True``.
         fraction: of the reference; alert beyond it.
         from_task: first task (from 0) that may alert.
         bad: ``"low"`` for what should stay high (ranks, counts, accuracy), ``"high"`` for dead or dormant units.

@@ -73,6 +73,8 @@ class FeatureRankMonitor(BoundaryMonitor):
         save_dir: where ``plasticity.jsonl`` goes; None for the log directory.
         name: letters, digits and _, for monitors that otherwise differ in their data only: keys become
             ``plasticity/<name>/...``, and file names and checkpoints hold it too.
+        fresh_control: measure a freshly initialised network on the same samples too, as ``plasticity/fresh/...``:
+            what the numbers would be without a past. Its layers are set by their ``reset_parameters``.
 
     Raises:
         ValueError: for settings out of range, at construction; for unknown layer names, when the fit starts.
@@ -98,9 +100,10 @@ class FeatureRankMonitor(BoundaryMonitor):
         mode: Mode = "frozen",
         save_dir: str | None = None,
         name: str | None = None,
+        fresh_control: bool = False,
     ) -> None:
         samples = PROBE_SAMPLES if probe_samples is None else probe_samples
-        super().__init__(samples, when, every_n_tasks, data, on_error, save_dir, name)
+        super().__init__(samples, when, every_n_tasks, data, on_error, save_dir, name, fresh_control)
         if isinstance(layers, str) or (layers is not None and not layers):
             raise ValueError(
                 f"layers={layers!r}, expected a list of names such as ['net.1'], or None for all hidden layers."

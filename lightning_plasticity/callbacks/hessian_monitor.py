@@ -87,6 +87,8 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         save_dir: where ``plasticity.jsonl`` and ``spectra/*.npz`` go; None for the log directory.
         name: letters, digits and _, for monitors that otherwise differ in their data only: keys become
             ``plasticity/<name>/...``, and file names and checkpoints hold it too.
+        fresh_control: measure a freshly initialised network on the same samples too, as ``plasticity/fresh/...``:
+            what the numbers would be without a past. Its layers are set by their ``reset_parameters``.
 
     Raises:
         ValueError: for settings out of range, at construction.
@@ -118,9 +120,10 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         seed: int = 0,
         save_dir: str | None = None,
         name: str | None = None,
+        fresh_control: bool = False,
     ) -> None:
         samples = PROBE_SAMPLES if probe_samples is None else probe_samples
-        super().__init__(samples, when, every_n_tasks, data, on_error, save_dir, name)
+        super().__init__(samples, when, every_n_tasks, data, on_error, save_dir, name, fresh_control)
         self.quantities = choices("quantities", quantities, QUANTITIES, f"some of {QUANTITIES}")
         self.eps = numbers("eps", eps)
         self.relative_eps = numbers("relative_eps", relative_eps)

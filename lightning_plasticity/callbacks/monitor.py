@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lightning_plasticity.callbacks.arguments import choices, label, whole_number
-from lightning_plasticity.callbacks.live import FewHooks, quiet
+from lightning_plasticity.callbacks.live import FewHooks, live_optimizers, quiet
 from lightning_plasticity.callbacks.probe_data import FIRST_BATCH, Probe, probe_batches
 from lightning_plasticity.callbacks.processes import (
     describe,
@@ -35,9 +35,11 @@ from lightning_plasticity.curvature import MeasurementError, Spectrum
 from lightning_plasticity.curvature.measured import dtype_name
 from lightning_plasticity.linalg import Estimate
 from lightning_plasticity.loggers import log_directory, log_histogram, log_image, log_scalars, pixels_of, takes_images
+from lightning_plasticity.nn import undisturbed
 from lightning_plasticity.nn.batches import is_plain
 from lightning_plasticity.nn.precision import measured_dtype
 from lightning_plasticity.records import TaskRecord, append_record
+from lightning_plasticity.trainability.fresh import reinitialize
 
 Phase = Literal["start", "end"]
 PHASES = ("start", "end")
@@ -78,6 +80,7 @@ class BoundaryMonitor(FewHooks):
         on_error: ``"warn"`` records a failed measurement and goes on; ``"raise"`` stops, for tests.
         save_dir: where records and spectra go; None for the log directory of the first logger that has one.
         name: part of keys, file names and checkpoints, for two monitors that otherwise differ in their data only.
+        fresh_control: measure a freshly initialised network too, under ``plasticity/fresh/...``.
     """
 
     def __init__(
@@ -89,9 +92,11 @@ class BoundaryMonitor(FewHooks):
         on_error: OnError,
         save_dir: str | None,
         name: str | None = None,
+        fresh_control: bool = False,
     ) -> None:
         super().__init__()
         label("name", name)
+        self.fresh_control = fresh_control
         self.name = name
         self.probe_samples = whole_number("probe_samples", probe_samples)
         self.when = choices("when", when, PHASES, "'start', 'end' or both, e.g. when=('start', 'end')")
@@ -269,9 +274,25 @@ class BoundaryMonitor(FewHooks):
             if smaller is not None and (measurement is None or measurement.retry):
                 self._probe = smaller()
                 measurement = self.measure(trainer, module, self._probe.batches, phase)
-        assert measurement is not None
+            assert measurement is not None
+            if self.fresh_control:
+                self._add_control(trainer, module, measurement, phase)
         measurement.settings |= {"data": self._probe.source, "dtype": dtype_name(measured_dtype(pl_module))}
         return measurement
+
+    def _add_control(self, trainer: Trainer, module: Any, measurement: Measurement, phase: Phase) -> None:
+        """The same of a freshly initialised network, which is forgotten afterwards."""
+        assert self._probe is not None
+        try:
+            with undisturbed(module, mode="as_is", **live_optimizers(module)):
+                reinitialize(module)
+                control = self.measure(trainer, module, self._probe.batches, phase)
+        except Exception as error:
+            measurement.failures["a fresh network"] = describe(error)
+            return
+        fresh = {key.replace("plasticity/", "plasticity/fresh/", 1): value for key, value in control.values.items()}
+        measurement.values |= fresh
+        measurement.failures |= {f"{part} of a fresh network": why for part, why in control.failures.items()}
 
     def _agreed(self, measurement: Measurement, seconds: float) -> tuple[Measurement, float]:
         """Rank zero's numbers on all ranks, with what failed on any; only rank zero keeps what it saves."""

@@ -10,12 +10,13 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from small_fits import Net, data, trainer
+from small_fits import Net, batches, data, trainer, weights
 
-from lightning_plasticity import FeatureRankMonitor, PlasticityAlert, TaskTracker, read_records
+from lightning_plasticity import FeatureRankMonitor, HessianSpectrumMonitor, PlasticityAlert, TaskTracker, read_records
 from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement
 from lightning_plasticity.callbacks.schedules import EveryNEpochs
-from lightning_plasticity.linalg import Estimate
+from lightning_plasticity.curvature import ggn_spectrum
+from lightning_plasticity.linalg import Estimate, srank
 
 KEY = "plasticity/features/srank"
 
@@ -198,3 +199,58 @@ def test_a_resumed_run_remembers_values_and_alerts(tmp_path):
 def test_bad_settings_are_refused(settings, error, part):
     with pytest.raises(error, match=part):
         PlasticityAlert(**settings)
+
+
+def test_a_fresh_network_is_measured_beside_the_trained_one():
+    """A network that has unlearned its features, and what the same layers hold when new."""
+    spectra = HessianSpectrumMonitor(quantities="ggn", fresh_control=True, on_error="raise", when="start")
+    features = FeatureRankMonitor(fresh_control=True, on_error="raise", when="start")
+    alert = PlasticityAlert(against="fresh", fraction=0.9, from_task=0)
+    net = Net()
+    with torch.no_grad():
+        net.net[0].weight.zero_()
+        net.net[0].bias.fill_(1.0)  # every sample looks the same: one direction in each layer
+    before = weights(net)
+    with pytest.warns(UserWarning, match="below 0.9 of a fresh network"):
+        trainer(max_steps=1, callbacks=[alert, features, spectra, Witness(before)]).fit(net, data())
+    ((ranks,), (curvature,)) = features.records, spectra.records
+    assert ranks.values[KEY].value == 1.0
+    torch.manual_seed(0)
+    fresh = Net().net
+    for layer in reversed(list(fresh.modules())):
+        if hasattr(layer, "reset_parameters"):
+            layer.reset_parameters()
+    inputs, labels = (torch.cat(part) for part in zip(*batches(), strict=True))
+    hidden = [torch.relu(fresh[0](inputs)), fresh[:4](inputs)]
+    expected = [float(srank(layer.double())) for layer in hidden]
+    assert ranks.values["plasticity/fresh/features/srank"].value == pytest.approx(sum(expected) / 2)
+    spectrum = ggn_spectrum(fresh, torch.nn.functional.cross_entropy, (inputs, labels))
+    found = curvature.values["plasticity/fresh/ggn/lambda_max"].value
+    assert found == pytest.approx(spectrum.lambda_max().value, rel=1e-5)
+    assert curvature.values["plasticity/ggn/lambda_max"].value != pytest.approx(found, rel=1e-2)
+
+
+class Witness(L.Callback):
+    """Refuses a first batch with other weights than before."""
+
+    def __init__(self, before: torch.Tensor) -> None:
+        self.before = before
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == 0:
+            assert torch.equal(weights(pl_module), self.before)
+
+
+def test_a_network_that_cannot_be_initialised_anew_is_said_to_be_so():
+    class Odd(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.ones(3))
+
+        def loss(self, batch: Any) -> torch.Tensor:
+            return torch.nn.functional.cross_entropy(self.net(batch[0]) * self.scale, batch[1])
+
+    features = FeatureRankMonitor(fresh_control=True, when="start")
+    with pytest.warns(UserWarning, match=r"could not measure a fresh network .* No reset_parameters .* scale"):
+        trainer(max_steps=1, callbacks=[features]).fit(Odd(), data())
+    assert KEY in features.records[0].values
