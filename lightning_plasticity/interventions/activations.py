@@ -69,11 +69,11 @@ class ActivationMeans:
                 return
             samples = value.shape[0] if value.ndim > spatial + 1 else 1
             value = _columns_last(value.detach(), spatial)
-            totals = torch.stack([value.sum(0), value.abs().sum(0)]).double()  # (2, columns)
+            count = value.new_full((value.shape[1],), len(value))
+            totals = torch.stack([value.sum(0), value.abs().sum(0), count]).double()  # (3, columns)
             for key, link, num_units in wanted:
                 own = sum_by_unit(link, totals, num_units)
-                values = sum_by_unit(link, torch.full_like(totals[:1], len(value)), num_units)
-                own = torch.cat([own, values, torch.full_like(values, samples)])
+                own = torch.cat([own, torch.full_like(own[:1], samples)])
                 self._sums[key] = self._sums[key] + own if key in self._sums else own
                 if self._keep:
                     self._kept.setdefault(key, []).append(value[:, link.entries.to(value.device)])
@@ -130,6 +130,8 @@ def _columns_last(value: Tensor, spatial: int) -> Tensor:
 
 def sum_by_unit(link: Link, totals: Tensor, num_units: int) -> Tensor:
     """Sums over the entries of each unit: (..., columns) to (..., D)."""
+    if link.one_to_one and totals.shape[-1] == num_units:
+        return totals
     entries, units = link.entries.to(totals.device), link.units.to(totals.device)
     out = torch.zeros(*totals.shape[:-1], num_units, dtype=totals.dtype, device=totals.device)
     return out.index_add_(-1, units, totals[..., entries])

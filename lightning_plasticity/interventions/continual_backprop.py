@@ -166,14 +166,10 @@ class ContinualBackpropEngine:
             if self.utility != "contribution":
                 size = self._distance(kept.get(key, []), corrected[index], hidden, index, reduce) / totals[key][2]
             outgoing = self.units.outgoing(link)
-            magnitude = torch.zeros_like(weighted).index_add_(
-                0, link.units.to(device), outgoing.abs().double().sum(1).to(device)
-            )
-            number = torch.zeros_like(weighted).index_add_(
-                0, link.units.to(device), torch.full((len(outgoing),), float(outgoing.shape[1]), device=device).double()
-            )
-            weighted += size * magnitude
-            outputs += number
+            sums = outgoing.abs().sum(1, dtype=torch.float64).to(device)
+            units = link.units.to(device)
+            weighted += size * torch.zeros_like(weighted).index_add_(0, units, sums)
+            outputs.index_add_(0, units, torch.full_like(sums, outgoing.shape[1]))
         new = weighted / outputs
         if self.utility == "adaptable":
             incoming = self.units.weight(hidden.layer).flatten(1).abs().double().mean(1).to(device)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Adam, AdamW, Optimizer
 
 FLAT = -1  # instead of a dimension: single elements
+DENSE = 0.3  # share of rows or columns from which a whole parameter is handled faster than parts of it
 
 
 def forget(optimizers: Iterable[Optimizer], parameter: nn.Parameter, dim: int, indices: Tensor) -> None:
@@ -131,39 +132,53 @@ class StepCounts:
             return
         second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
         lr = float(group["lr"])  # with ``maximize`` the moments carry the sign
-        for index, born in _blocks(self._born[name], parameter):
-            first, own = state["exp_avg"][index], (step - born).clamp(min=1).to(parameter.device)
-            everyone = torch.full_like(own, step)
-            wrong = _direction(first, second[index], beta1, beta2, everyone, group["eps"])
-            right = _direction(first, second[index], beta1, beta2, own, group["eps"])
-            parameter.index_put_(index, lr * (wrong - right), accumulate=True)
+        everyone = [parameter.new_full([1] * parameter.ndim, 1.0 - beta**step) for beta in (beta1, beta2)]
+        own = {
+            dim: [_corrections(born, step, beta).to(parameter) for beta in (beta1, beta2)]
+            for dim, born in self._born[name].items()
+        }
+        for index, corrections in _blocks(self._born[name], own, parameter):
+            moments = state["exp_avg"][index], second[index]
+            flat = [one.reshape([1] * moments[0].ndim) for one in everyone]
+            wrong = _direction(*moments, *flat, group["eps"])
+            parameter[index] += lr * (wrong - _direction(*moments, *corrections, group["eps"]))
 
 
-def _direction(m: Tensor, v: Tensor, beta1: float, beta2: float, steps: Tensor, eps: float) -> Tensor:
+def _corrections(born: Tensor, step: int, beta: float) -> Tensor:
+    """``1 - beta ** age``; for what was never reset exactly the optimizer's own."""
+    found = 1.0 - beta ** (step - born).clamp(min=1).double()
+    found[born == 0] = 1.0 - beta**step
+    return found
+
+
+def _direction(m: Tensor, v: Tensor, correct1: Tensor, correct2: Tensor, eps: float) -> Tensor:
     """Adam's update divided by the learning rate (Kingma and Ba 2015, arXiv 1412.6980, algorithm 1)."""
-    correct1, correct2 = ((1.0 - beta ** steps.double()).to(m.dtype) for beta in (beta1, beta2))
     return (m / correct1) / ((v / correct2).sqrt() + eps)
 
 
-def _blocks(dims: Mapping[int, Tensor], parameter: Tensor) -> list[tuple[tuple[Tensor, ...], Tensor]]:
-    """The elements that were reset, each once: their index, and the steps of their resets, to broadcast."""
+def _blocks(
+    dims: Mapping[int, Tensor], own: Mapping[int, list[Tensor]], parameter: Tensor
+) -> list[tuple[tuple[Any, ...], list[Tensor]]]:
+    """The elements that were reset, each once: their index, and their two corrections, to broadcast.
+
+    An element in a row and a column that were both reset has the correction of the later reset, which is the smaller.
+    Where most of a parameter was reset the block is all of it: the rest is corrected by exactly nothing.
+    """
     if FLAT in dims:
         flat = dims[FLAT].nonzero().reshape(-1)
-        return [(torch.unravel_index(flat, parameter.shape), dims[FLAT][flat])]
-    trailing = [1] * (parameter.ndim - 2)
-    first, second = dims.get(0), dims.get(1)
-    if second is None:
-        assert first is not None
-        rows = first.nonzero().reshape(-1)
-        return [((rows,), first[rows].reshape(-1, *[1] * (parameter.ndim - 1)))]
-    if first is None:
-        first = torch.zeros(parameter.shape[0], dtype=torch.int64)
-    blocks: list[tuple[tuple[Tensor, ...], Tensor]] = []
-    rows, others = first.nonzero().reshape(-1), (first == 0).nonzero().reshape(-1)
-    columns = second.nonzero().reshape(-1)
+        return [(torch.unravel_index(flat.to(parameter.device), parameter.shape), [one[flat] for one in own[FLAT]])]
+    by_row = [one.reshape(-1, *[1] * (parameter.ndim - 1)) for one in own.get(0, [])]
+    by_column = [one.reshape(1, -1, *[1] * (parameter.ndim - 2)) for one in own.get(1, [])]
+    pairs = zip(by_row, by_column, strict=True)
+    full = [torch.minimum(one, other) for one, other in pairs] if by_row and by_column else by_row or by_column
+    if max(float((born > 0).float().mean()) for born in dims.values()) > DENSE:
+        return [((slice(None),), full)]
+    none = torch.zeros(parameter.shape[0], dtype=torch.int64)
+    rows, others = dims.get(0, none).nonzero().reshape(-1), (dims.get(0, none) == 0).nonzero().reshape(-1)
+    blocks: list[tuple[tuple[Any, ...], list[Tensor]]] = []
     if len(rows):
-        born = torch.maximum(first[rows].reshape(-1, 1, *trailing), second.reshape(1, -1, *trailing))
-        blocks.append(((rows,), born))
-    if len(others):
-        blocks.append(((others[:, None], columns[None, :]), second[columns].reshape(1, -1, *trailing)))
+        blocks.append(((rows,), [one[rows] for one in full]))
+    if by_column:
+        columns = dims[1].nonzero().reshape(-1)
+        blocks.append(((others[:, None], columns[None, :]), [one[:, columns] for one in by_column]))
     return blocks

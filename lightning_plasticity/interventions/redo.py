@@ -60,6 +60,7 @@ class ReDoEngine:
         self.num_steps = 0
         self.num_reset = dict.fromkeys(wiring.layers, 0)
         self._window: list[Totals] = []  # of the last steps
+        self._sizes: list[int] = []  # samples in each
 
     def step(self, reduce: Reduce | None = None) -> dict[str, Tensor]:
         """Remember what training's forward passes showed since the last step; every n steps re-draw dormant units.
@@ -71,10 +72,7 @@ class ReDoEngine:
             Indices of the re-drawn units by layer; empty where there were none.
         """
         self.num_steps += 1
-        self._window.append(self.activations.take())
-        sizes = [max((float(total[3].max()) for total in totals.values()), default=0.0) for totals in self._window]
-        while len(sizes) > 1 and sum(sizes[1:]) >= self.samples:
-            del sizes[0], self._window[0]
+        self._remember(self.activations.take())
         if self.every_n_steps is None or self.num_steps % self.every_n_steps:
             return {}
         return self.recycle(reduce)
@@ -92,7 +90,15 @@ class ReDoEngine:
                 done[name] = units
         if done:
             self._window.clear()
+            self._sizes.clear()
         return done
+
+    def _remember(self, totals: Totals) -> None:
+        """Keep the last minibatches, as few as hold ``samples`` samples."""
+        self._window.append(totals)
+        self._sizes.append(max((int(total[3, 0]) for total in totals.values()), default=0))
+        while len(self._sizes) > 1 and sum(self._sizes[1:]) >= self.samples:
+            del self._sizes[0], self._window[0]
 
     def dormant(self, reduce: Reduce | None = None) -> dict[str, Tensor]:
         """Indices of the tau-dormant units by layer, on the minibatches remembered; empty before the first step.
@@ -133,6 +139,9 @@ class ReDoEngine:
         self.num_steps = state["num_steps"]
         self.num_reset |= {name: number for name, number in state["num_reset"].items() if name in self.num_reset}
         device = next((self.units.weight(name).device for name in self.wiring.layers), torch.device("cpu"))
-        self._window = [{(name, index): total.to(device) for name, index, total in step} for step in state["window"]]
+        self._window.clear()
+        self._sizes.clear()
+        for step in state["window"]:
+            self._remember({(name, index): total.to(device) for name, index, total in step})
         self.units.load_state_dict(state["units"])
         self.activations.load_state_dict(state["activations"], device)

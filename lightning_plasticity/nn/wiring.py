@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,12 @@ class Link:
     module: str
     entries: Tensor
     units: Tensor
+
+    @cached_property
+    def one_to_one(self) -> bool:
+        """Whether entry k belongs to unit k, from the first on."""
+        count = torch.arange(len(self.entries), device=self.entries.device)
+        return torch.equal(self.entries, count) and torch.equal(self.units, count)
 
 
 @dataclass(frozen=True)
