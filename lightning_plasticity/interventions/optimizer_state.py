@@ -137,11 +137,11 @@ class StepCounts:
             dim: [_corrections(born, step, beta).to(parameter) for beta in (beta1, beta2)]
             for dim, born in self._born[name].items()
         }
-        for index, corrections in _blocks(self._born[name], own, parameter):
-            moments = state["exp_avg"][index], second[index]
-            flat = [one.reshape([1] * moments[0].ndim) for one in everyone]
-            wrong = _direction(*moments, *flat, group["eps"])
-            parameter[index] += lr * (wrong - _direction(*moments, *corrections, group["eps"]))
+        for index, (own1, own2) in _blocks(self._born[name], own, parameter):
+            m, v = state["exp_avg"][index], second[index]
+            all1, all2 = (one.reshape([1] * m.ndim) for one in everyone)
+            wrong, right = (_direction(m, v, *pair, group["eps"]) for pair in ((all1, all2), (own1, own2)))
+            parameter[index] += lr * (wrong - right)
 
 
 def _corrections(born: Tensor, step: int, beta: float) -> Tensor:
