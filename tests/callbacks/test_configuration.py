@@ -41,6 +41,7 @@ EXAMPLES: dict[tuple[str, str], list[Any]] = {
 ALONG: dict[tuple[str, str], dict[str, Any]] = {
     ("PlasticityAlert", "bad"): {"fraction": 1},
     ("ShrinkAndPerturb", "when"): {"shrink": 0.999999},
+    ("TrainabilityProbe", "fresh"): {"target": "relative"},
 }
 
 
