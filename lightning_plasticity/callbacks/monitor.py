@@ -36,7 +36,7 @@ from lightning_plasticity.curvature.measured import dtype_name
 from lightning_plasticity.linalg import Estimate
 from lightning_plasticity.loggers import log_directory, log_histogram, log_image, log_scalars, pixels_of, takes_images
 from lightning_plasticity.nn import undisturbed
-from lightning_plasticity.nn.batches import is_plain
+from lightning_plasticity.nn.batches import is_plain, map_tensors
 from lightning_plasticity.nn.precision import measured_dtype
 from lightning_plasticity.records import TaskRecord, append_record
 from lightning_plasticity.trainability.fresh import reinitialize
@@ -163,9 +163,9 @@ class BoundaryMonitor(FewHooks):
         self._state_key = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring a checkpoint's first batch to the module's device."""
+        """Bring samples of a checkpoint, or of the last fit whose task goes on, to the module's device."""
         if self._probe is not None:
-            self._probe = replace(self._probe, batches=move_data_to_device(self._probe.batches, pl_module.device))
+            self._probe = replace(self._probe, batches=[_moved(b, pl_module.device) for b in self._probe.batches])
 
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
         """Measure the old weights on the new task's data."""
@@ -404,6 +404,13 @@ class BoundaryMonitor(FewHooks):
         if cause not in self._warned and trainer.is_global_zero:
             self._warned.add(cause)
             warnings.warn(message, stacklevel=2)
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    try:
+        return move_data_to_device(batch, device)
+    except ValueError:  # a frozen dataclass, which Lightning refuses
+        return map_tensors(batch, lambda tensor: tensor.to(device))
 
 
 def _phased(key: str, phase: str) -> str:

@@ -13,8 +13,16 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger
 from runs import Classifier, Validated, data, loader, mlp, monitors, run_tasks, same_with
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from zoo import KINDS
 
-from lightning_plasticity import FeatureRankMonitor, HessianSpectrumMonitor, Spectrum, read_records
+from lightning_plasticity import (
+    EveryNEpochs,
+    FeatureRankMonitor,
+    HessianSpectrumMonitor,
+    Spectrum,
+    TaskTracker,
+    read_records,
+)
 from lightning_plasticity.callbacks.arguments import decimal
 from lightning_plasticity.nn import is_measuring
 
@@ -81,6 +89,14 @@ def test_streams_and_sanity_checks() -> None:
         assert [(r.task, r.phase) for r in monitor.records] == [  # type: ignore[attr-defined]
             (task, phase) for task in (0, 1) for phase in ("start", "end")
         ]
+
+
+def test_a_task_of_frozen_dataclasses_that_goes_on_in_the_next_fit() -> None:
+    (kind,) = [kind for kind in KINDS if kind.name == "frozen dataclass batch"]
+    watching = [TaskTracker(EveryNEpochs(2)), *monitors()]
+    assert same_with(kind.make_module, kind.make_loaders, watching) == []
+    for monitor in watching[1:]:
+        assert [(r.task, r.phase) for r in monitor.records] == [(0, "start"), (0, "end")]  # type: ignore[attr-defined]
 
 
 # ---- files and loggers ---------------------------------------------------------------------------------------------

@@ -19,7 +19,13 @@ TOLD = re.compile(
     r"(\w+) could not measure (?:.*? )?at the (?:start|end) of task \d+: (.*?)\.? Training goes on\.", re.DOTALL
 )
 ALL = [(task, phase) for task in (0, 1) for phase in ("start", "end")]  # boundaries of two fits
-PLAIN = {"precision": "32-true", "accumulate_grad_batches": 1, "gradient_clip_val": None}
+PLAIN = {
+    "precision": "32-true",
+    "accumulate_grad_batches": 1,
+    "gradient_clip_val": None,
+    "max_epochs": 1,
+    "limit_train_batches": 1.0,
+}
 
 
 @dataclass
