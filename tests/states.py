@@ -26,7 +26,8 @@ def state(module: nn.Module) -> dict[str, Any]:
     def note(name: str, value: Any) -> None:
         found[f"{name} is"] = id(value)
         if isinstance(value, Tensor):
-            found[name] = (bits(value), value.shape, value.dtype, value.requires_grad, value.data_ptr())
+            place = value.data_ptr() if value.layout == torch.strided else None
+            found[name] = (bits(value), value.shape, value.dtype, value.requires_grad, place)
             if value.is_leaf and value.grad is not None:
                 note(f"{name}.grad", value.grad)
         elif isinstance(value, nn.Module):

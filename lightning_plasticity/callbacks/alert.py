@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ from lightning_plasticity.callbacks.arguments import choice, whole_number
 from lightning_plasticity.callbacks.base import Callback
 from lightning_plasticity.callbacks.intervention import join
 from lightning_plasticity.callbacks.monitor import PHASES, BoundaryMonitor, Phase
+from lightning_plasticity.callbacks.processes import describe
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
 from lightning_plasticity.linalg import Estimate
 from lightning_plasticity.loggers import log_directory, log_scalars
@@ -200,17 +202,16 @@ class PlasticityAlert(Callback):
         values = {"plasticity/alert/active": float(active), "plasticity/alert/ratio": ratio}
         if not trainer.is_global_zero:
             return
-        try:
-            for logger in trainer.loggers:
+        for logger in trainer.loggers:
+            with _survived():
                 log_scalars(logger, values, self._tracker.step)
+        with _survived():
             directory = Path(self.save_dir) if self.save_dir is not None else log_directory(trainer.loggers)
             if directory is not None and not getattr(trainer, "fast_dev_run", False):
                 numbers = {key: Estimate.exactly(value) for key, value in values.items()}
                 settings = {"identity": self.state_key, "measure": self.measure, "against": self.against}
                 name = type(self).__name__
                 append_record(directory, TaskRecord(name, task, self.phase, self._tracker.step, numbers, settings))
-        except Exception as error:  # a full disk or a broken logger must not kill the run
-            rank_zero_warn(f"PlasticityAlert could not write what it saw: {error}. Training goes on.")
 
 
 def _interventions(on_alert: Callback | Sequence[Callback] | None) -> list[Any]:
@@ -223,3 +224,12 @@ def _interventions(on_alert: Callback | Sequence[Callback] | None) -> list[Any]:
                 "or a callback of your own with a method intervene(trainer, pl_module)."
             )
     return found
+
+
+@contextmanager
+def _survived() -> Iterator[None]:
+    """A full disk or a broken logger must not kill the run, or keep the others from being written."""
+    try:
+        yield
+    except Exception as error:
+        rank_zero_warn(f"PlasticityAlert could not write what it saw: {describe(error)}. Training goes on.")

@@ -36,7 +36,7 @@ from lightning_plasticity.curvature.measured import dtype_name
 from lightning_plasticity.linalg import Estimate
 from lightning_plasticity.loggers import log_directory, log_histogram, log_image, log_scalars, pixels_of, takes_images
 from lightning_plasticity.nn import undisturbed
-from lightning_plasticity.nn.batches import is_plain
+from lightning_plasticity.nn.batches import is_plain, map_tensors
 from lightning_plasticity.nn.precision import measured_dtype
 from lightning_plasticity.records import TaskRecord, append_record
 from lightning_plasticity.trainability.fresh import reinitialize
@@ -163,9 +163,9 @@ class BoundaryMonitor(FewHooks):
         self._state_key = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Bring a checkpoint's first batch to the module's device."""
+        """Bring samples of a checkpoint, or of the last fit whose task goes on, to the module's device."""
         if self._probe is not None:
-            self._probe = replace(self._probe, batches=move_data_to_device(self._probe.batches, pl_module.device))
+            self._probe = replace(self._probe, batches=[_moved(b, pl_module.device) for b in self._probe.batches])
 
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
         """Measure the old weights on the new task's data."""
@@ -319,8 +319,11 @@ class BoundaryMonitor(FewHooks):
 
     def _keep(self, trainer: Trainer, pl_module: LightningModule, record: TaskRecord, measurement: Measurement) -> None:
         """Files, records, loggers; a full disk or a broken logger must not kill the run either."""
-        with self._guarded(trainer, "write its record"):
-            record = self._save(trainer, record, measurement)
+        directory = self._directory(trainer)
+        if directory is not None:
+            record = replace(record, spectra=self._save_spectra(trainer, directory, record, measurement))
+            with self._guarded(trainer, "write its record"):
+                append_record(directory, record)
         self.records.append(record)
         if record.phase == "start":
             with self._guarded(trainer, "log to the module"):
@@ -342,27 +345,34 @@ class BoundaryMonitor(FewHooks):
         except Exception as error:
             if self.on_error == "raise":
                 raise
-            why = f"{type(error).__name__}: {error}"
-            name = type(self).__name__
+            why, name = describe(error), type(self).__name__
             self._warn_once(trainer, f"{what} {why}", f"{name} could not {what}: {why.rstrip('.')}. Training goes on.")
 
-    def _save(self, trainer: Trainer, record: TaskRecord, measurement: Measurement) -> TaskRecord:
+    def _directory(self, trainer: Trainer) -> Path | None:
+        """Where files go; None for no files."""
         if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
-            return record
-        directory = Path(self.save_dir) if self.save_dir is not None else log_directory(trainer.loggers)
-        if directory is None:
-            return record
+            return None
+        return Path(self.save_dir) if self.save_dir is not None else log_directory(trainer.loggers)
+
+    def _save_spectra(
+        self, trainer: Trainer, directory: Path, record: TaskRecord, measurement: Measurement
+    ) -> dict[str, str]:
+        """The names of those that could be saved; of the others nothing is left, and the record does without."""
         names = {}
         for matrix, spectrum in measurement.spectra.items():
             mode = record.settings.get("mode", "frozen")  # monitors of two modes may share the directory
             part = matrix if mode == "frozen" else f"{matrix}_{mode}"
             part = part if self.name is None else f"{self.name}_{part}"
-            names[matrix] = f"spectra/{part}_task{record.task:04d}_{record.phase}.npz"
-            (directory / names[matrix]).parent.mkdir(parents=True, exist_ok=True)
-            spectrum.save(directory / names[matrix])
-        record = TaskRecord(**{**vars(record), "spectra": names})
-        append_record(directory, record)
-        return record
+            name = f"spectra/{part}_task{record.task:04d}_{record.phase}.npz"
+            with self._guarded(trainer, "write its record"):
+                (directory / name).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    spectrum.save(directory / name)
+                except BaseException:
+                    (directory / name).unlink(missing_ok=True)
+                    raise
+                names[matrix] = name
+        return names
 
     def _log(self, logger: Any, record: TaskRecord, measurement: Measurement, images: Mapping[str, Any]) -> None:
         scalars: dict[str, float] = {"plasticity/task": float(record.task)}
@@ -394,6 +404,13 @@ class BoundaryMonitor(FewHooks):
         if cause not in self._warned and trainer.is_global_zero:
             self._warned.add(cause)
             warnings.warn(message, stacklevel=2)
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    try:
+        return move_data_to_device(batch, device)
+    except ValueError:  # a frozen dataclass, which Lightning refuses
+        return map_tensors(batch, lambda tensor: tensor.to(device))
 
 
 def _phased(key: str, phase: str) -> str:

@@ -34,8 +34,14 @@ def several(trainer: Any) -> bool:
 
 
 def describe(error: Exception) -> str:
-    """Why a measurement failed, for people: our own messages as they are, others with their type."""
-    return str(error) if isinstance(error, MeasurementError) else f"{type(error).__name__}: {error}"
+    """Why something failed, for people: our own messages as they are, others with their type."""
+    try:
+        text = str(error)
+    except Exception:  # a message that is made when it is asked for may fail too
+        text = "its message cannot be read"
+    if isinstance(error, MeasurementError):
+        return text
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def exchange(give: Callable[[], Any]) -> list[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from small_fits import Net, batches, data, trainer, weights
 
 from lightning_plasticity import FeatureRankMonitor, HessianSpectrumMonitor, PlasticityAlert, TaskTracker, read_records
@@ -254,3 +254,29 @@ def test_a_network_that_cannot_be_initialised_anew_is_said_to_be_so():
     with pytest.warns(UserWarning, match=r"could not measure a fresh network .* No reset_parameters .* scale"):
         trainer(max_steps=1, callbacks=[features]).fit(Odd(), data())
     assert KEY in features.records[0].values
+
+
+class Speechless(Logger):
+    """Breaks on the alert, with an error that cannot say what it is."""
+
+    name, version = "broken", 0
+    log_hyperparams = lambda self, *args, **kwargs: None  # noqa: E731
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if "plasticity/alert/ratio" in metrics:
+            raise SpeechlessError
+
+
+class SpeechlessError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+def test_a_broken_logger_leaves_the_other_loggers_and_the_record(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    said = run(PlasticityAlert(from_task=1), Scripted([10.0, 10.0, 10.0]), logger=[Speechless(), logger])
+    assert said
+    assert set(said) == {"PlasticityAlert could not write what it saw: SpeechlessError: its message cannot be read. "
+                         "Training goes on."}  # fmt: skip
+    assert "plasticity/alert/ratio" in (tmp_path / "metrics.csv").read_text()
+    assert [record.task for record in read_records(tmp_path) if record.monitor == "PlasticityAlert"] == [1, 2]

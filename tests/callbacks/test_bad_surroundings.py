@@ -13,9 +13,18 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger
 from runs import Classifier, Validated, data, loader, mlp, monitors, run_tasks, same_with
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from zoo import KINDS
 
-from lightning_plasticity import FeatureRankMonitor, HessianSpectrumMonitor, read_records
+from lightning_plasticity import (
+    EveryNEpochs,
+    FeatureRankMonitor,
+    HessianSpectrumMonitor,
+    Spectrum,
+    TaskTracker,
+    read_records,
+)
 from lightning_plasticity.callbacks.arguments import decimal
+from lightning_plasticity.nn import is_measuring
 
 
 def two() -> list[Any]:
@@ -82,6 +91,14 @@ def test_streams_and_sanity_checks() -> None:
         ]
 
 
+def test_a_task_of_frozen_dataclasses_that_goes_on_in_the_next_fit() -> None:
+    (kind,) = [kind for kind in KINDS if kind.name == "frozen dataclass batch"]
+    watching = [TaskTracker(EveryNEpochs(2)), *monitors()]
+    assert same_with(kind.make_module, kind.make_loaders, watching) == []
+    for monitor in watching[1:]:
+        assert [(r.task, r.phase) for r in monitor.records] == [(0, "start"), (0, "end")]  # type: ignore[attr-defined]
+
+
 # ---- files and loggers ---------------------------------------------------------------------------------------------
 
 
@@ -144,6 +161,77 @@ def test_a_broken_logger_hurts_nobody_else(tmp_path: Path) -> None:
     ]
     assert "plasticity/ggn/eps_rank_0.01" in (tmp_path / "metrics.csv").read_text().splitlines()[0]
     assert read_records(tmp_path) == monitor.records
+
+
+def test_a_spectrum_that_cannot_be_saved_leaves_its_record_and_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Spectrum.save
+
+    def full(spectrum: Spectrum, path: Any) -> None:
+        if spectrum.matrix == "hessian":
+            Path(path).write_bytes(b"PK")
+            raise OSError(28, "No space left on device")
+        save(spectrum, path)
+
+    monkeypatch.setattr(Spectrum, "save", full)
+    monitor = HessianSpectrumMonitor(("hessian", "ggn"), save_dir=str(tmp_path))
+    (told,) = same_with(classifier, two, [monitor])
+    assert "could not write its record: OSError: [Errno 28] No space left on device. Training goes on." in told
+    assert failures(monitor) == [None] * 4
+    assert read_records(tmp_path) == monitor.records
+    files = [record.spectra["ggn"] for record in monitor.records]
+    assert [list(record.spectra) for record in monitor.records] == [["ggn"]] * 4
+    assert sorted(files) == sorted(f"spectra/{file.name}" for file in (tmp_path / "spectra").iterdir())
+
+
+def test_a_record_that_cannot_be_written_knows_its_spectra(tmp_path: Path) -> None:
+    (tmp_path / "plasticity.jsonl").mkdir()
+    monitor = HessianSpectrumMonitor(("ggn",), save_dir=str(tmp_path))
+    (told,) = same_with(classifier, two, [monitor])
+    assert "could not write its record: IsADirectoryError" in told
+    assert all((tmp_path / record.spectra["ggn"]).exists() for record in monitor.records)
+
+
+class UnspeakableError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+
+class SpeechlessLogger(BrokenLogger):
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if any(key.startswith("plasticity") for key in metrics):
+            raise UnspeakableError
+
+
+class Speechless(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if is_measuring():
+            raise UnspeakableError
+        return super().training_step(batch, batch_idx)
+
+
+def test_an_error_whose_message_cannot_be_made_ends_no_run() -> None:
+    monitor = HessianSpectrumMonitor(("ggn",))
+    (told,) = same_with(lambda: Speechless(mlp()), two, [monitor])
+    why = "UnspeakableError: its message cannot be read"
+    assert f"could not measure ggn at the start of task 0: {why}. Training goes on." in told
+    assert failures(monitor) == [f"ggn: {why}"] * 4
+    monitor = HessianSpectrumMonitor(("ggn",))
+    _, told_of_logger = run_tasks(classifier, two(), [monitor], logger=[SpeechlessLogger()])
+    assert told_of_logger == [f"HessianSpectrumMonitor could not log to SpeechlessLogger: {why}. Training goes on."]
+    assert failures(monitor) == [None] * 4
+
+
+def test_an_error_without_a_message_is_told_by_its_name() -> None:
+    class Mute(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if is_measuring():
+                raise AssertionError
+            return super().training_step(batch, batch_idx)
+
+    (told,) = same_with(lambda: Mute(mlp()), two, [HessianSpectrumMonitor(("ggn",))])
+    assert told.endswith(": AssertionError. Training goes on.")
 
 
 # ---- arguments -----------------------------------------------------------------------------------------------------

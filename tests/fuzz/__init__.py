@@ -1,0 +1,1 @@
+"""Random modules, settings and failures: a run with monitors is the run without; ``python -m fuzz`` from ``tests``."""
