@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Any
 
@@ -229,7 +230,15 @@ def _announce(directory: Path, parts: Parts, done: int, row: Row | None = None) 
 
 
 def _teller(directory: Path, parts: Parts) -> Callable[[int, Row], None]:
-    return lambda task, row: _announce(directory, parts, task + 1, row)
+    parent = os.getppid()
+
+    def tell(task: int, row: Row) -> None:
+        # A worker on this machine whose study was killed would go on unseen; the task is done again by the next run.
+        if current_process().name.startswith("LokyProcess") and os.getppid() != parent:
+            os._exit(1)
+        _announce(directory, parts, task + 1, row)
+
+    return tell
 
 
 def _fingerprint(module: torch.nn.Module) -> str:
