@@ -20,13 +20,15 @@ HINTS = (
     "Full backward hook is firing",
 )
 
+# Where both packages are installed and imported, they share what writes, and it has the name of the last one.
+LOGGERS = ("lightning.pytorch", "pytorch_lightning")
+
 
 @contextmanager
 def one_unit(threads: int, log: Path) -> Iterator[None]:
     """Run with so many threads; warnings are written to a file, each once; all is put back afterwards."""
     before = torch.get_num_threads()
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
+    levels = {name: logging.getLogger(name).level for name in LOGGERS}
     told: set[str] = set()
 
     def show(message: Warning | str, category: type[Warning], *args: object, **kwargs: object) -> None:
@@ -37,7 +39,8 @@ def one_unit(threads: int, log: Path) -> Iterator[None]:
                 file.write(text)
 
     torch.set_num_threads(threads)
-    logger.setLevel(logging.ERROR)
+    for name in LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default")
@@ -46,5 +49,6 @@ def one_unit(threads: int, log: Path) -> Iterator[None]:
             warnings.showwarning = show
             yield
     finally:
-        logger.setLevel(level)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
         torch.set_num_threads(before)

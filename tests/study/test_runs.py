@@ -5,12 +5,14 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import math
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from lightning_plasticity.cli import main
 from lightning_plasticity.study import StudyError, load_study, read_table, run_study
 from lightning_plasticity.study.config import parse_study
 from lightning_plasticity.study.files import read_json
+from lightning_plasticity.study.surroundings import one_unit
 from lightning_plasticity.study.table import write_table
 
 HERE = str(Path(__file__).parents[1])
@@ -233,6 +236,31 @@ def test_jobs_give_what_one_process_gives(deaths: int, tmp_path: Path, whole: di
         assert "its process died 2 times in task 1" in text
         assert timeless(outcome.rows) == [row for row in expected if row["method"] == "l2er"]
     assert len(list(tmp_path.glob("died*"))) == min(deaths, 2)
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_lightnings_advice_is_left_out(
+    package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Both packages write through one logger, that of the package imported last."""
+    from lightning_utilities.core import rank_zero
+
+    logger = logging.getLogger(f"{package}.utilities.rank_zero")
+    monkeypatch.setattr(rank_zero, "log", logger)
+    handler = logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+    monkeypatch.setattr(logger.parent, "level", logging.INFO)
+    try:
+        with one_unit(1, tmp_path / "log.txt"):
+            rank_zero.rank_zero_info("advice")
+            warnings.warn("a warning", stacklevel=1)
+            warnings.warn("The dataloader does not have many workers", stacklevel=1)
+        assert capfd.readouterr().err == ""
+        assert (tmp_path / "log.txt").read_text() == "UserWarning: a warning\n"
+        rank_zero.rank_zero_info("advice")
+        assert "advice" in capfd.readouterr().err
+    finally:
+        logger.removeHandler(handler)
 
 
 def test_a_failed_unit_leaves_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
