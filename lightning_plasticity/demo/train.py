@@ -65,7 +65,8 @@ def train(method: str, seed: int, out: Path, num_tasks: int, epochs: int, send: 
     seed_everything(seed, verbose=False)
     logger = TensorBoardLogger(out / "tensorboard", name=method, version=f"seed{seed}")
     _forget_earlier_run(Path(logger.log_dir))
-    spectra = HessianSpectrumMonitor(probe_samples=PROBE_SAMPLES, when="start")
+    # No bound on seconds: what is measured must not depend on how busy the machine is.
+    spectra = HessianSpectrumMonitor(probe_samples=PROBE_SAMPLES, when="start", max_seconds=None)
     features = FeatureRankMonitor(when="start")
     trainer = Trainer(
         max_epochs=num_tasks * epochs,
