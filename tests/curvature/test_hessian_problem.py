@@ -259,7 +259,7 @@ def test_a_hessian_of_nothing_but_rounding_is_not_called_asymmetric(chunk, monke
     monkeypatch.setattr(hessian_measure, "lanczos", lambda *a, **k: _asymmetric(found(*a, **k)))
     measured = Measured(net, [(inputs, labels)], cross_entropy)
     with opened(measured, list(net.parameters()), generator(), chunk=chunk) as problem:
-        margin = problem.size / problem._rounding()
+        margin = problem.size / problem._loss_rounding()
     if margin < 10:
         measure_hessian(measured, method="lanczos", plan=HessianPlan(30, 20, "full", chunk))
     else:

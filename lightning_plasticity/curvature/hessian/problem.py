@@ -103,7 +103,7 @@ class HessianProblem:
         tolerance = MAX_ASYMMETRY.get(self.operator.dtype, math.inf)
         if asymmetry <= tolerance:
             return
-        if self.size <= ROUNDING_MARGIN * self._rounding():
+        if any(self.size <= ROUNDING_MARGIN * rounding() for rounding in (self._nonlinearity, self._loss_rounding)):
             return
         raise MeasurementError(
             f"The Hessian-vector product is not symmetric (relative asymmetry {asymmetry:.2g}): a layer's double "
@@ -111,11 +111,10 @@ class HessianProblem:
             "Define curvature_loss(batch) without it."
         )
 
-    def _rounding(self) -> float:
+    def _nonlinearity(self) -> float:
         """|H(u + v) - H u - H v| for Gaussian u and v: rounding and nothing else, of a wrong double backward too.
 
-        Products are no more than that on an over-confident network that fits its data, and of a layer whose own block
-        vanishes (a bias before a batch norm, or of attention's keys).
+        Of a layer whose own block vanishes (a bias before a batch norm, or of attention's keys) no product is more.
         """
         operator, reduced = self.operator, self.reduced
         generator = torch.Generator().manual_seed(0)
@@ -123,6 +122,27 @@ class HessianProblem:
         u, v = pair if reduced is None else map(reduced.restrict, pair)
         matvec = operator.matvec if reduced is None else reduced.matvec
         return float((matvec(u + v) - matvec(u) - matvec(v)).norm())
+
+    def _loss_rounding(self) -> float:
+        """What rounding in the loss's second derivatives makes of a product: eps |J|^2 / N, from one row of J^T.
+
+        On an over-confident network that fits its data the Hessian is nothing else: p - p^2 is rounded once, and the
+        products are linear in the same wrong matrix. In 16 bits this would excuse everything, so it is zero there.
+        """
+        eps, total = torch.finfo(self.operator.dtype).eps, 0.0
+        if eps > torch.finfo(torch.float32).eps:
+            return 0.0
+        with self.measured.open() as closure:  # the graphs may be gone
+            for index, batch in enumerate(self.measured.batches):
+                evaluation = closure(batch, index)
+                if evaluation.output_loss is None:
+                    return 0.0
+                outputs = evaluation.output_loss.outputs
+                rows = torch.autograd.grad(
+                    outputs, self.operator.parameters, torch.randn_like(outputs), allow_unused=True
+                )
+                total += sum(float(row.square().sum()) for row in rows if row is not None)
+        return eps * total / self.num_samples
 
 
 @contextmanager
