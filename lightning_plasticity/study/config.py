@@ -15,8 +15,6 @@ from typing import Any
 import yaml
 from lightning.pytorch import Trainer
 
-import lightning_plasticity
-
 Settings = dict[str, Any]
 
 STUDY_KEYS = (
@@ -157,7 +155,7 @@ def parse_study(plain: Any, search: tuple[str, ...] = ()) -> Study:
         "optimizer": _entry(plain["optimizer"], "optimizer") if plain.get("optimizer") else None,
         "callbacks": _entries(plain.get("callbacks"), "callbacks"),
         "trainer": _trainer(plain.get("trainer"), "trainer"),
-        "measure": _default_measure() if measure is None else _entries(measure, "measure", extra=("tasks",)),
+        "measure": list(DEFAULT_MEASURE) if measure is None else _entries(measure, "measure", extra=("tasks",)),
         "threads": _whole(plain.get("threads", 1), "threads", 1),
         "fits": fits,
         "online_metric": metric,
@@ -175,10 +173,6 @@ def parse_study(plain: Any, search: tuple[str, ...] = ()) -> Study:
     if len(set(seeds)) < len(seeds):
         raise StudyError(f"seeds {seeds} holds a seed twice.")
     return Study(methods, tuple(seeds), search)
-
-
-def _default_measure() -> list[Settings]:
-    return [entry for entry in DEFAULT_MEASURE if hasattr(lightning_plasticity, entry["class_path"].split(".")[1])]
 
 
 def _merged(shared: Settings, own: Any, where: str) -> Settings:
