@@ -115,7 +115,7 @@ def watching(directory: Path | None = None) -> list[Any]:
 
 
 CASES = [("step", 1), ("step", 4), ("forward hook", 2), ("pre-hook", 1), ("gradient hook", 1), ("gradient hook", 5),
-         ("product", 1), ("product", 9)]  # fmt: skip
+         ("product", 1), ("product", 5)]  # fmt: skip
 ERRORS: dict[str, Callable[[], BaseException]] = {
     "error": lambda: ZeroDivisionError("mine"),
     "memory": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
