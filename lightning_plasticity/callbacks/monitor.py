@@ -319,7 +319,9 @@ class BoundaryMonitor(FewHooks):
 
     def _keep(self, trainer: Trainer, pl_module: LightningModule, record: TaskRecord, measurement: Measurement) -> None:
         """Files, records, loggers; a full disk or a broken logger must not kill the run either."""
-        directory = self._directory(trainer)
+        directory = None
+        with self._guarded(trainer, "write its record"):  # a logger is asked for its directory
+            directory = self._directory(trainer)
         if directory is not None:
             record = replace(record, spectra=self._save_spectra(trainer, directory, record, measurement))
             with self._guarded(trainer, "write its record"):
