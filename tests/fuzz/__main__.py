@@ -29,7 +29,7 @@ monitors with settings of theirs and a failure at a random point, and runs with 
 - measured: every boundary has its numbers; failed: some have the reason instead, for what was injected or because the
   module cannot be measured; told: a logger or a file broke, and was warned of; ended: an interrupt while measuring;
   propagated: the module's own error, the same in both runs (in rows without "training": of a module that cannot be
-  fitted twice); not reached: the point does not exist in this case.
+  fitted twice, or refuses NaN itself); not reached: the point does not exist in this case.
 - changed: weights, buffers, gradients, optimizers, random states, logged values, batches, attributes or hooks differ
   from the run without monitors in some bit, right after a boundary or at the end. lost: a record, a spectrum, or the
   one warning of a failure is not there. hung: over the time limit. broken: no verdict.
