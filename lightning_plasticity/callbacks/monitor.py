@@ -351,10 +351,13 @@ class BoundaryMonitor(FewHooks):
             self._warn_once(trainer, f"{what} {why}", f"{name} could not {what}: {why.rstrip('.')}. Training goes on.")
 
     def _directory(self, trainer: Trainer) -> Path | None:
-        """Where files go; None for no files."""
+        """Where files go, made when missing; None for no files."""
         if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return None
-        return Path(self.save_dir) if self.save_dir is not None else log_directory(trainer.loggers)
+        directory = Path(self.save_dir) if self.save_dir is not None else log_directory(trainer.loggers)
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+        return directory
 
     def _save_spectra(
         self, trainer: Trainer, directory: Path, record: TaskRecord, measurement: Measurement
