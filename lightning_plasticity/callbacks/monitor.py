@@ -319,7 +319,9 @@ class BoundaryMonitor(FewHooks):
 
     def _keep(self, trainer: Trainer, pl_module: LightningModule, record: TaskRecord, measurement: Measurement) -> None:
         """Files, records, loggers; a full disk or a broken logger must not kill the run either."""
-        directory = self._directory(trainer)
+        directory = None
+        with self._guarded(trainer, "write its record"):  # a logger is asked for its directory
+            directory = self._directory(trainer)
         if directory is not None:
             record = replace(record, spectra=self._save_spectra(trainer, directory, record, measurement))
             with self._guarded(trainer, "write its record"):
@@ -349,10 +351,13 @@ class BoundaryMonitor(FewHooks):
             self._warn_once(trainer, f"{what} {why}", f"{name} could not {what}: {why.rstrip('.')}. Training goes on.")
 
     def _directory(self, trainer: Trainer) -> Path | None:
-        """Where files go; None for no files."""
+        """Where files go, made when missing; None for no files."""
         if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
             return None
-        return Path(self.save_dir) if self.save_dir is not None else log_directory(trainer.loggers)
+        directory = Path(self.save_dir) if self.save_dir is not None else log_directory(trainer.loggers)
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+        return directory
 
     def _save_spectra(
         self, trainer: Trainer, directory: Path, record: TaskRecord, measurement: Measurement

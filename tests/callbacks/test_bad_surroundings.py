@@ -198,6 +198,22 @@ class UnspeakableError(Exception):
         raise RuntimeError("no words")
 
 
+class Homeless(BrokenLogger):
+    @property
+    def log_dir(self) -> str:
+        raise ConnectionError("no network")
+
+
+def test_a_logger_that_does_not_know_its_directory_ends_no_run() -> None:
+    monitor = HessianSpectrumMonitor(("ggn",))
+    _, told = run_tasks(classifier, [loader()], [monitor], logger=[Homeless()], enable_checkpointing=False)
+    assert [each.partition(" could not ")[2].partition(":")[0] for each in told] == [
+        "write its record",
+        "log to Homeless",
+    ]
+    assert failures(monitor) == [None] * 2
+
+
 class SpeechlessLogger(BrokenLogger):
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         if any(key.startswith("plasticity") for key in metrics):

@@ -28,7 +28,8 @@ monitors with settings of theirs and a failure at a random point, and runs with 
 
 - measured: every boundary has its numbers; failed: some have the reason instead, for what was injected or because the
   module cannot be measured; told: a logger or a file broke, and was warned of; ended: an interrupt while measuring;
-  propagated: the module's own error, in both runs; not reached: the point does not exist in this case.
+  propagated: the module's own error, the same in both runs (in rows without "training": of a module that cannot be
+  fitted twice, or refuses NaN itself); not reached: the point does not exist in this case.
 - changed: weights, buffers, gradients, optimizers, random states, logged values, batches, attributes or hooks differ
   from the run without monitors in some bit, right after a boundary or at the end. lost: a record, a spectrum, or the
   one warning of a failure is not there. hung: over the time limit. broken: no verdict.
@@ -85,7 +86,7 @@ def _line(verdict: Verdict | str) -> str:
     if isinstance(verdict, str):
         return verdict
     wrong = "".join(f"\n    {name}: {each}" for name in ("changed", "lost") for each in getattr(verdict, name))
-    return f"{verdict.row}: {verdict.result}{wrong}" + (f"\n    {verdict.about}" if wrong else "")
+    return f"{verdict.row}: {verdict.result} {verdict.error}{wrong}" + (f"\n    {verdict.about}" if wrong else "")
 
 
 def table(found: dict[int, Verdict | str]) -> str:

@@ -38,6 +38,7 @@ class Verdict:
     result: str = ""  # measured, failed, ended, propagated or not reached
     changed: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+    error: str = ""
     measurements: int = 0
     failures: int = 0
 
@@ -61,6 +62,7 @@ def check(case: Case, directory: Path) -> Verdict:
     verdict = Verdict(case.number, fault.row, f"{about}, {fault}")
     verdict.changed, verdict.lost = _changed(plain, watched), _lost(case, fault, watched)
     records = [record for monitor in watched.monitors for record in monitor.records]
+    verdict.error = watched.error
     verdict.measurements = len(records)
     verdict.failures = sum(record.failure is not None for record in records)
     verdict.result = _result(fault, watched, verdict.failures)

@@ -16,8 +16,8 @@ from fuzz.faults import PLACES
 from fuzz.one_run import Hung
 from lightning_plasticity.callbacks.monitor import BoundaryMonitor
 
-CASES = [1, 2, 3, 4, 5, 8, 11, 12, 14, 48, 66, 16]
-LIMIT = 60.0  # seconds
+CASES = [1, 2, 3, 4, 5, 7, 8, 11, 12, 48, 32, 50]
+LIMIT = 300.0  # seconds; on a busy machine
 
 
 @pytest.fixture(autouse=True)
