@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -207,6 +208,10 @@ def test_wandb_offline(wandb: Any, tmp_path: Path) -> None:
     files = Path(logger.experiment.dir)
     wandb.finish()
     (file,) = files.parent.glob("*.wandb")
+    deadline = time.monotonic() + 30
+    while not any(record.HasField("exit") for record in wandb_records(file)):  # its writer may lag behind finish()
+        assert time.monotonic() < deadline, "wandb has not written the end of its file"
+        time.sleep(0.1)
     rows = [wandb_row(record.history) for record in wandb_records(file) if record.HasField("history")]
 
     def shown(key: str) -> list[tuple[int, Any]]:
