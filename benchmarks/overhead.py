@@ -24,12 +24,20 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_plasticity import EveryNEpochs, FeatureRankMonitor, HessianSpectrumMonitor, TaskTracker
+from lightning_plasticity import (
+    EveryNEpochs,
+    FeatureRankMonitor,
+    HessianSpectrumMonitor,
+    PlasticityAlert,
+    TaskTracker,
+    TrainabilityProbe,
+)
 from lightning_plasticity.demo.network import L2ER, Plain
 from lightning_plasticity.streams import RandomLabelDigits
 
 ATTACHED = "tracker and both monitors"
-VARIANTS = ("plain", "three empty callbacks", "tracker", ATTACHED)
+ALL = "and probe and alert"
+VARIANTS = ("plain", "three empty callbacks", "tracker", ATTACHED, ALL)
 
 
 class Empty(Callback):
@@ -100,8 +108,9 @@ def steps(module: LightningModule, data: Any, rounds: int) -> dict[str, list[flo
     tracker = TaskTracker(EveryNEpochs(10 * epochs))
     monitors = [HessianSpectrumMonitor(probe_samples=150, when="start"), FeatureRankMonitor(when="start")]
     empty = [type(f"Empty{index}", (Empty,), {})() for index in range(3)]
-    switch = Switch(dict(zip(VARIANTS, ([], empty, [tracker], [tracker, *monitors]), strict=True)))
-    trainer(epochs, [tracker, *monitors, switch]).fit(module, data)
+    more = [tracker, *monitors, TrainabilityProbe(num_steps=5, seeds=1), PlasticityAlert()]
+    switch = Switch(dict(zip(VARIANTS, ([], empty, [tracker], [tracker, *monitors], more), strict=True)))
+    trainer(epochs, [*more, switch]).fit(module, data)
     assert [len(monitor.records) for monitor in monitors] == [1, 1]
     return switch.seconds
 
