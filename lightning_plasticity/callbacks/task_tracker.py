@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,6 +16,8 @@ from lightning_plasticity.callbacks.processes import exchange, several
 from lightning_plasticity.callbacks.schedules import EveryFit, TaskAttribute, TaskSchedule, find_attribute, plain_label
 
 __all__ = ["TaskTracker"]
+
+HOOK_ARGUMENTS = "(trainer, pl_module, task)"
 
 
 @dataclass
@@ -37,7 +41,8 @@ class TaskTracker(FewHooks):
 
     Both hooks have the signature ``(trainer, pl_module, task)`` with the task's index from 0, and are called on every
     object that defines them: the callbacks in the order of ``trainer.callbacks``, those that update weights last, then
-    the module, then the datamodule.
+    the module, then the datamodule. A method of such a name that cannot take these arguments is left alone, with a
+    warning.
 
     - ``on_task_start``: the new task's first batch has arrived (it is ``tracker.first_batch`` during the hook) and no
       weight has changed yet. Called from ``on_train_batch_start``.
@@ -254,14 +259,34 @@ class TaskTracker(FewHooks):
     def _call_with_batch(self, hook: str, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         self.first_batch = batch
         try:
-            _call_hooks(hook, trainer, pl_module, self._state.task)
+            self._call_hooks(hook, trainer, pl_module)
         finally:
             self.first_batch = None
+
+    def _call_hooks(self, name: str, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Callbacks before the module is Lightning's own order: monitors see the weights before anybody acts on them.
+        callbacks = sorted(_callbacks(trainer), key=_updates_weights)
+        for owner in (*callbacks, pl_module, getattr(trainer, "datamodule", None)):
+            hook = getattr(owner, name, None)
+            if not callable(hook):
+                continue
+            arguments = (trainer, pl_module, self._state.task)
+            if (found := _other_signature(hook, arguments)) is None:
+                hook(*arguments)
+                continue
+            message = (
+                f"{type(owner).__name__} has a method {name}{found}, which cannot be called with {HOOK_ARGUMENTS} and "
+                f"is left alone. If it is meant to hear of tasks, define {name}(self, trainer, pl_module, task); "
+                "if it is not, give it another name."
+            )
+            if message not in self._warned:
+                self._warned.add(message)
+                rank_zero_warn(message)
 
     def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Before the hooks, so that a run resumed from a checkpoint made in one of them does not end the task again.
         self._state.in_task = False
-        _call_hooks("on_task_end", trainer, pl_module, self._state.task)
+        self._call_hooks("on_task_end", trainer, pl_module)
 
     def _end_if_over(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._state.in_task and self._chosen.is_over(self.steps_in_task, self.epochs_in_task):
@@ -310,12 +335,17 @@ def _default_schedule(trainer: Trainer, pl_module: LightningModule, warned: set[
     return EveryFit() if find_attribute(trainer, pl_module, "task_id", None, warned) is None else TaskAttribute()
 
 
-def _call_hooks(name: str, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
-    # Callbacks before the module is Lightning's own order: monitors see the weights before anybody acts on them.
-    for owner in (*sorted(_callbacks(trainer), key=_updates_weights), pl_module, getattr(trainer, "datamodule", None)):
-        hook = getattr(owner, name, None)
-        if callable(hook):
-            hook(trainer, pl_module, task)
+def _other_signature(hook: Callable[..., Any], arguments: tuple[Any, ...]) -> inspect.Signature | None:
+    """The signature of a method that cannot take the arguments: a user's own, that happens to have a hook's name."""
+    try:
+        signature = inspect.signature(hook)
+    except (TypeError, ValueError):  # written in C, or a class that says nothing
+        return None
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        return signature
+    return None
 
 
 def _why_no_step(trainer: Trainer, loop_entered: bool) -> str:

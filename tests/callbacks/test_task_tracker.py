@@ -447,3 +447,33 @@ def test_nothing_of_the_trainer_is_kept() -> None:
         make_trainer(tracker, CutAt(1)).fit(Net(), loader())
     assert not any(isinstance(value, L.Trainer) for value in vars(tracker).values())
     assert tracker.step == 4
+
+
+# --- methods that only share a hook's name ---
+
+
+def test_a_method_of_another_signature_is_left_alone_and_named_once() -> None:
+    called = []
+
+    class Own(Net):
+        def on_task_start(self) -> None:
+            called.append("start")
+
+        def on_task_end(self, task_id: int) -> None:
+            called.append("end")
+
+    class Foreign(L.Callback):
+        def on_task_end(self, trainer: Any, pl_module: Any, task: int, *, needed: int) -> None:
+            called.append("foreign")
+
+    tracker, recorder = recorded(EveryNEpochs(1))
+    with pytest.warns(UserWarning) as caught:
+        make_trainer(Foreign(), tracker, recorder, max_epochs=2).fit(Own(), loader())
+    assert called == []
+    assert recorder.events == pairs(0, 3, 6)
+    said = [str(entry.message) for entry in caught if "left alone" in str(entry.message)]
+    assert len(said) == 3
+    assert "Own has a method on_task_start()" in said[0]
+    assert "Foreign has a method on_task_end(trainer: 'Any', pl_module: 'Any', task: 'int', *, needed" in said[1]
+    assert "Own has a method on_task_end(task_id: 'int') -> 'None', which cannot be called with (trainer" in said[2]
+    assert "define on_task_end(self, trainer, pl_module, task)" in said[2]
