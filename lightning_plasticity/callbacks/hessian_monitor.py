@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
+from torch.nn.parameter import is_lazy
 
 from lightning_plasticity.callbacks.arguments import choice, choices, decimal, function, numbers, whole_number
 from lightning_plasticity.callbacks.kept_plans import KeptPlans
@@ -164,7 +165,8 @@ class HessianSpectrumMonitor(BoundaryMonitor):
 
     def may_be_long(self, pl_module: LightningModule) -> bool:
         """Whether parameters times samples are many."""
-        return self.probe_samples * sum(p.numel() for p in pl_module.parameters() if p.requires_grad) > LONG_WORK
+        known = [p for p in pl_module.parameters() if p.requires_grad and not is_lazy(p)]
+        return self.probe_samples * sum(p.numel() for p in known) > LONG_WORK
 
     def plans(self) -> Any:
         """Samples, steps and method of each problem size."""

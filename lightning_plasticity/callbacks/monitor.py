@@ -17,6 +17,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from lightning_plasticity.callbacks.arguments import choices, label, whole_number
 from lightning_plasticity.callbacks.live import FewHooks, live_optimizers, quiet
@@ -229,7 +230,8 @@ class BoundaryMonitor(FewHooks):
     def _at_boundary(self, trainer: Trainer, pl_module: LightningModule, task: int, phase: Phase) -> None:
         assert self._tracker is not None
         name = type(self).__name__
-        self._announce_start(trainer, pl_module, task, phase)
+        with self._guarded(trainer, "say that it measures"):
+            self._announce_start(trainer, pl_module, task, phase)
         started = time.perf_counter()
         measurement, error = Measurement(), None
         try:
@@ -251,13 +253,15 @@ class BoundaryMonitor(FewHooks):
         for why, parts in causes.items():
             what = f"{name} could not measure {f'{parts} ' if parts else ''}at the {phase} of task {task}"
             self._warn_once(trainer, why, f"{what}: {why.rstrip('.')}. Training goes on.")
-        _announce(trainer, seconds, f"{name}: measured at the {phase} of task {task} in")
+        with self._guarded(trainer, "say that it has measured"):
+            _announce(trainer, seconds, f"{name}: measured at the {phase} of task {task} in")
         settings = measurement.settings | {"identity": self.state_key}
         values = {self.named(key): estimate for key, estimate in measurement.values.items()}
         about = (name, task, phase, self._tracker.step)
         self._keep(trainer, pl_module, TaskRecord(*about, values, settings, seconds, failure), measurement)
 
     def _measured(self, trainer: Trainer, pl_module: LightningModule, phase: Phase) -> Measurement:
+        _refuse_lazy(pl_module)
         if self._probe is None:
             assert self._tracker is not None
             self._fetch(trainer, pl_module, self._tracker.first_batch)
@@ -409,6 +413,17 @@ class BoundaryMonitor(FewHooks):
         if cause not in self._warned and trainer.is_global_zero:
             self._warned.add(cause)
             warnings.warn(message, stacklevel=2)
+
+
+def _refuse_lazy(pl_module: LightningModule) -> None:
+    """A forward pass of ours would be the one that gives lazy layers their shape, and draws their first weights."""
+    lazy = [name for name, parameter in pl_module.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        some = f"{', '.join(lazy[:3])}{', ...' if len(lazy) > 3 else ''}"
+        raise MeasurementError(
+            f"There are uninitialised lazy parameters ({some}), which measuring would initialise; run one forward pass "
+            "before fit."
+        )
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_plasticity import EveryNSteps, FeatureRankMonitor, HessianSpectrumMonitor, TaskTracker
+from lightning_plasticity import EveryNSteps, FeatureRankMonitor, HessianSpectrumMonitor, TaskTracker, TrainabilityProbe
 from lightning_plasticity.curvature import MeasurementError
 from lightning_plasticity.nn import is_measuring
 
@@ -318,3 +318,42 @@ def test_an_interrupt_inside_a_measurement_leaves_the_module_as_it_was(make: Any
         trainer([TaskTracker(EveryNSteps(9)), Before(), make(probe_samples=6)]).fit(module, loader())
     before, after = states
     assert [key for key in changed(before, after) if "_current_fx_name" not in key] == []
+
+
+# ---- layers without a shape ----------------------------------------------------------------------------------------
+
+
+def lazy() -> L.LightningModule:
+    return Classifier(nn.Sequential(nn.LazyLinear(16), nn.ReLU(), nn.LazyLinear(3)))
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature:UserWarning")
+@pytest.mark.filterwarnings("ignore:The total number of parameters detected:UserWarning")
+def test_lazy_layers_are_left_to_training_and_measured_once_they_have_a_shape() -> None:
+    found = [
+        HessianSpectrumMonitor("ggn"),
+        FeatureRankMonitor(),
+        TrainabilityProbe(num_steps=2, seeds=1, when=("start", "end")),
+    ]
+    said = same_with(lazy, two, found)
+    assert len(said) == 2  # of the two named monitors, once each, and nothing has changed
+    assert all("lazy parameters" in text and "run one forward pass before fit" in text for text in said)
+    for monitor in found:
+        why, *others = failures(monitor)
+        assert "(net.0.weight, net.0.bias, net.2.weight, ...)" in why
+        assert others == [None] * 3
+
+
+def test_a_progress_bar_that_breaks_does_not_end_the_run() -> None:
+    class Broken(L.pytorch.callbacks.ProgressBar):
+        is_enabled = True
+
+        def print(self, *args: Any, **kwargs: Any) -> None:
+            raise RuntimeError("no terminal")
+
+    monitor = FeatureRankMonitor(when="start")
+    monitor.may_be_long = lambda pl_module: True  # type: ignore[method-assign]
+    run = trainer([monitor, Broken()], enable_progress_bar=True)
+    with pytest.warns(UserWarning, match="could not say that it measures: RuntimeError: no terminal"):
+        run.fit(classifier(), loader(0))
+    assert failures(monitor) == [None]
