@@ -14,8 +14,9 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_plasticity.callbacks.arguments import choice, whole_number
 from lightning_plasticity.callbacks.base import Callback
 from lightning_plasticity.callbacks.intervention import join
+from lightning_plasticity.callbacks.live import FewHooks
 from lightning_plasticity.callbacks.monitor import PHASES, BoundaryMonitor, Phase
-from lightning_plasticity.callbacks.processes import describe
+from lightning_plasticity.callbacks.processes import describe, several
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
 from lightning_plasticity.linalg import Estimate
 from lightning_plasticity.loggers import log_directory, log_scalars
@@ -23,14 +24,13 @@ from lightning_plasticity.records import TaskRecord, append_record
 
 Against = Literal["best", "early", "fresh"]
 Bad = Literal["low", "high"]
-FRESH = "plasticity/fresh/"
 ADVICE = (
     "Regularise from now on (L2ERMixin), put LayerNorm before the activations, or act at once with "
     "on_alert=ReDo() or on_alert=ShrinkAndPerturb()"
 )
 
 
-class PlasticityAlert(Callback):
+class PlasticityAlert(FewHooks):
     """Warns when a measure says that the network loses its plasticity; can start an intervention.
 
     At every task it compares the value of ``measure`` with a reference and warns when it falls below ``fraction`` times
@@ -51,7 +51,8 @@ class PlasticityAlert(Callback):
         bad: ``"low"`` for what should stay high (ranks, counts, accuracy), ``"high"`` for dead or dormant units.
         phase: ``"start"`` or ``"end"``: which record of a task to look at. What the module logs is read at the end.
         on_alert: an intervention (``ReDo()``, ``ShrinkAndPerturb()``, ...) or several, to act at every alerted task.
-            They act on demand only, unless they are among the Trainer's callbacks too.
+            They act on demand only, unless they are among the Trainer's callbacks too. One that fails gives a warning
+            and training goes on; in several processes, whose weights would differ from then on, its error is raised.
         save_dir: where ``plasticity.jsonl`` goes; None for the log directory.
 
     Raises:
@@ -100,18 +101,28 @@ class PlasticityAlert(Callback):
         self.history: dict[int, float] = {}  # value by task
         self.alerted: list[int] = []  # tasks
         self._tracker: TaskTracker | None = None
-        self._warned_missing = False
+        self._resuming = True
+        self._warned: set[str] = set()
+        # Made once: Lightning asks for it at every hook of every step.
+        self._state_key = self._generate_state_key(measure=self.measure, against=self.against, phase=self.phase)
+
+    on_train_batch_start: Any = None  # as in ``FewHooks``
+    on_train_batch_end: Any = None
 
     @property
     def state_key(self) -> str:
         """Alerts on several measures keep their states apart."""
-        return self._generate_state_key(measure=self.measure, against=self.against, phase=self.phase)
+        return self._state_key
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the Trainer's task tracker, or give it one."""
         self._tracker = TaskTracker.attach(trainer, self._tracker)
         for intervention in self._interventions:
             join(trainer, pl_module, stage, intervention)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Only a fit resumes; an evaluation from a checkpoint must not roll the history back."""
+        self._resuming = trainer.state.fn == "fit"
 
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
         """Look at what the monitors saw at the start."""
@@ -129,7 +140,8 @@ class PlasticityAlert(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where ``state_dict`` left off."""
-        self.history, self.alerted = dict(state_dict["history"]), list(state_dict["alerted"])
+        if self._resuming:
+            self.history, self.alerted = dict(state_dict["history"]), list(state_dict["alerted"])
 
     def _look(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
         values = self._recorded(trainer, task)
@@ -140,6 +152,7 @@ class PlasticityAlert(Callback):
         reference = self._reference(task, values)
         self.history[task] = value
         if not math.isfinite(reference):
+            self._say_no_fresh(trainer, task, values)
             return
         beyond = value < self.fraction * reference if self.bad == "low" else value > self.fraction * reference
         ratio = value / reference if reference else math.nan
@@ -150,7 +163,16 @@ class PlasticityAlert(Callback):
             rank_zero_warn(self._message(task, value, reference))
         self.alerted.append(task)
         for intervention in self._interventions:
-            intervention.intervene(trainer, pl_module)
+            try:
+                intervention.intervene(trainer, pl_module)
+            except Exception as error:
+                if several(trainer):  # it may have acted on the other ranks
+                    raise
+                self._warn_once(
+                    f"PlasticityAlert: {type(intervention).__name__} failed at the {self.phase} of task {task}: "
+                    f"{describe(error).rstrip('.')}. It may have changed some of the weights before. Training goes on.",
+                    cause=f"{type(intervention).__name__} {describe(error)}",
+                )
 
     def _recorded(self, trainer: Any, task: int) -> dict[str, float]:
         """What the monitors recorded at this task and phase, and what the module logged."""
@@ -167,13 +189,18 @@ class PlasticityAlert(Callback):
         if task < self.from_task:
             return math.nan
         if self.against == "fresh":
-            return values.get(self.measure.replace("plasticity/", FRESH, 1), math.nan)
+            return next((values[key] for key in self._fresh_keys() if key in values), math.nan)
         earlier = {then: value for then, value in self.history.items() if then < task}
         if self.against == "early":
             early = [value for then, value in earlier.items() if then < self.from_task]
             return sum(early) / len(early) if early else math.nan
         best = max if self.bad == "low" else min
         return best(earlier.values(), default=math.nan)
+
+    def _fresh_keys(self) -> list[str]:
+        """Where a monitor puts the measure of its fresh network: behind the name that it may have."""
+        first, *rest = self.measure.split("/")
+        return ["/".join([first, *rest[:after], "fresh", *rest[after:]]) for after in (0, 1)]
 
     def _message(self, task: int, value: float, reference: float) -> str:
         early = f"the mean before task {self.from_task}"
@@ -188,14 +215,34 @@ class PlasticityAlert(Callback):
 
     def _say_missing(self, values: dict[str, float]) -> None:
         """Once; a measurement that failed has had its warning from the monitor."""
-        if self.measure in values or self._warned_missing:
+        if self.measure in values:
             return
-        self._warned_missing = True
         known = ", ".join(sorted(key for key in values if key.count("/") <= 2)) or "none; add a monitor"
-        rank_zero_warn(
+        self._warn_once(
             f"PlasticityAlert watches {self.measure!r} at a task's {self.phase}, which no monitor has recorded"
-            f"{' and no module has logged' if self.phase == 'end' else ''}. Known there: {known}."
+            f"{' and no module has logged' if self.phase == 'end' else ''}. Known there: {known}.",
+            cause="missing",
         )
+
+    def _say_no_fresh(self, trainer: Any, task: int, values: dict[str, float]) -> None:
+        """Once; where a monitor tried a fresh network and failed, it has said so itself."""
+        if self.against != "fresh" or task < self.from_task or any(key in values for key in self._fresh_keys()):
+            return
+        monitors = [monitor for monitor in trainer.callbacks if isinstance(monitor, BoundaryMonitor)]
+        recorded = [m for m in monitors if any(self.measure in record.values for record in m.records)]
+        if any(monitor.fresh_control for monitor in recorded):
+            return
+        self._warn_once(
+            f"PlasticityAlert compares {self.measure!r} with that of a fresh network, which nobody measures: give the "
+            "monitor fresh_control=True (HessianSpectrumMonitor, FeatureRankMonitor), or choose against='best' or "
+            "'early'. Until then it cannot alert.",
+            cause="fresh",
+        )
+
+    def _warn_once(self, message: str, cause: str) -> None:
+        if cause not in self._warned:
+            self._warned.add(cause)
+            rank_zero_warn(message)
 
     def _log(self, trainer: Trainer, task: int, ratio: float, active: bool) -> None:
         assert self._tracker is not None

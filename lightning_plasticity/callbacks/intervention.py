@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_plasticity.callbacks.live import FewHooks, live_optimizers
-from lightning_plasticity.callbacks.processes import several
+from lightning_plasticity.callbacks.processes import describe, several
 from lightning_plasticity.callbacks.regularization import muted
 from lightning_plasticity.callbacks.sharding import refuse_sharded_interventions
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
@@ -104,6 +104,7 @@ class UnitIntervention(Intervention):
         self._last_step = 0
         self._logged: dict[str, int] = {}
         self._warned: set[str] = set()
+        self._given_up: str | None = None  # why it does nothing in this fit
 
     def make_engine(self, pl_module: LightningModule, wiring: Wiring, optimizers: list[Any]) -> Any:
         """The engine that does the work."""
@@ -116,6 +117,8 @@ class UnitIntervention(Intervention):
         Raises:
             RuntimeError: outside of a fit.
         """
+        if self._given_up is not None:
+            raise RuntimeError(f"{type(self).__name__} does nothing in this fit: {self._given_up}")
         if self._engine is None:
             raise RuntimeError(
                 f"{type(self).__name__} acts only while it watches a fit; put it among the Trainer's callbacks, and "
@@ -125,6 +128,7 @@ class UnitIntervention(Intervention):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Refuse a wrong wiring before training starts."""
+        self._given_up = None
         if self.wiring is not None:
             told_wiring(pl_module, self.wiring)
 
@@ -134,14 +138,17 @@ class UnitIntervention(Intervention):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Trace the wiring on the first batch; record activations from here to the batch's end."""
-        if self._engine is None:
+        if self._engine is None and self._given_up is None:
             self._start(trainer, pl_module, batch)
-        self._engine.activations.begin()
+        if self._engine is not None:
+            self._engine.activations.begin()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Act once for each batch that ended in an optimizer step."""
+        if self._engine is None:
+            return
         self._engine.activations.pause()
         if trainer.global_step == self._last_step:
             return
@@ -180,7 +187,16 @@ class UnitIntervention(Intervention):
     def _start(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         if self._module is not None and self._module() is not pl_module:
             self._saved, self._logged = {}, {}
-        self._engine = self.make_engine(pl_module, self._find_wiring(pl_module, batch), list(trainer.optimizers))
+        try:
+            wiring = self._find_wiring(pl_module, batch)
+        except Exception as error:
+            # Nobody has asked for it yet, and perhaps nobody will; what the user has told it has to be right.
+            if not self.on_demand or self.layers is not None or self.wiring is not None:
+                raise
+            self._given_up = describe(error)
+            rank_zero_warn(f"{type(self).__name__} cannot act when asked to: {self._given_up} Training goes on.")
+            return
+        self._engine = self.make_engine(pl_module, wiring, list(trainer.optimizers))
         if self._saved:
             self._engine.load_state_dict(self._saved)
         self._module = ref(pl_module)

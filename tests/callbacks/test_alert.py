@@ -12,7 +12,15 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger
 from small_fits import Net, batches, data, trainer, weights
 
-from lightning_plasticity import FeatureRankMonitor, HessianSpectrumMonitor, PlasticityAlert, TaskTracker, read_records
+from lightning_plasticity import (
+    ContinualBackprop,
+    FeatureRankMonitor,
+    HessianSpectrumMonitor,
+    PlasticityAlert,
+    ReDo,
+    TaskTracker,
+    read_records,
+)
 from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement
 from lightning_plasticity.callbacks.schedules import EveryNEpochs
 from lightning_plasticity.curvature import ggn_spectrum
@@ -280,3 +288,109 @@ def test_a_broken_logger_leaves_the_other_loggers_and_the_record(tmp_path):
                          "Training goes on."}  # fmt: skip
     assert "plasticity/alert/ratio" in (tmp_path / "metrics.csv").read_text()
     assert [record.task for record in read_records(tmp_path) if record.monitor == "PlasticityAlert"] == [1, 2]
+
+
+class HalfWay(Note):
+    """Changes weights, then fails."""
+
+    def intervene(self, trainer: Any, pl_module: Any) -> None:
+        super().intervene(trainer, pl_module)
+        raise RuntimeError("no memory left.")
+
+
+def test_an_intervention_that_fails_is_told_once_and_training_goes_on():
+    half, after = HalfWay(), Note()
+    alert = PlasticityAlert(fraction=0.9, from_task=1, on_alert=[half, after])
+    monitor = Scripted([10.0, 10.0, 1.0, 1.0, 10.0])
+    said = [text for text in run(alert, monitor) if "HalfWay failed" in text]
+    (text,) = said
+    assert "HalfWay failed at the start of task 2: RuntimeError: no memory left. It may have changed" in text
+    assert (len(half.weights), len(after.weights)) == (2, 2)  # asked again, and the others are asked too
+    assert len(monitor.records) == 5
+
+
+class Recurrent(Net):
+    """No hidden layer whose units could be re-drawn."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.net = torch.nn.LSTM(4, 3)
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(self.net(batch[0])[0], batch[1])
+
+
+@pytest.mark.parametrize("make", [ReDo, ContinualBackprop])
+def test_an_intervention_on_demand_that_cannot_act_here_is_told_and_training_goes_on(make):
+    alert = PlasticityAlert(fraction=0.9, from_task=1, on_alert=make())
+    nets, monitor = [Recurrent(), Recurrent()], Scripted([10.0, 1.0, 1.0])
+    trainer(max_epochs=3).fit(nets[0], data())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        callbacks = [alert, monitor, TaskTracker(EveryNEpochs(1))]
+        trainer(max_epochs=3, callbacks=callbacks).fit(nets[1], data())
+    said = [str(entry.message) for entry in caught if make.__name__ in str(entry.message)]
+    assert len([text for text in said if f"{make.__name__} cannot act when asked to: " in text]) == 1
+    assert len([text for text in said if f"{make.__name__} failed" in text and "no hidden layer" in text]) == 1
+    assert torch.equal(weights(nets[0]), weights(nets[1]))
+    assert alert.alerted == [1, 2]
+    with pytest.raises(ValueError, match="no hidden layer"):  # asked for by its own schedule: as ever
+        trainer(callbacks=[make()]).fit(Recurrent(), data())
+
+
+def test_an_evaluation_from_an_older_checkpoint_leaves_the_history(tmp_path):
+    class Validated(Net):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            pass
+
+    alert, net = PlasticityAlert(fraction=0.9, from_task=1), Validated()
+    callbacks = [alert, Scripted([10.0, 10.0, 9.5]), TaskTracker(EveryNEpochs(1))]
+    run = trainer(max_epochs=1, num_sanity_val_steps=0, callbacks=callbacks)
+    run.fit(net, data(), data())
+    run.save_checkpoint(tmp_path / "run.ckpt")
+    run.fit_loop.max_epochs = 3
+    run.fit(net, data(), data())
+    run.validate(net, data(), ckpt_path=tmp_path / "run.ckpt", verbose=False)
+    assert alert.history == {0: 10.0, 1: 10.0, 2: 9.5}
+
+
+@pytest.mark.parametrize("name", [None, "a"])
+def test_the_fresh_network_of_a_named_monitor_is_found(name):
+    key = KEY if name is None else "plasticity/a/features/srank"
+    alert = PlasticityAlert(key, against="fresh", fraction=0.01, from_task=0)
+    monitor = FeatureRankMonitor(fresh_control=True, on_error="raise", when="start", name=name)
+    heard = Heard()
+    trainer(max_epochs=2, callbacks=[alert, monitor, TaskTracker(EveryNEpochs(1))], logger=heard).fit(Net(), data())
+    controls = [value for found in monitor.records for key, value in found.values.items()
+                if key.endswith("fresh/features/srank")]  # fmt: skip
+    ratios = [record.values[key].value / control.value for record, control in zip(monitor.records, controls, strict=True)]
+    assert heard.ratios == ratios
+
+
+class Heard(Logger):
+    name, version = "heard", 0
+    log_hyperparams = lambda self, *args, **kwargs: None  # noqa: E731
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ratios: list[float] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if "plasticity/alert/ratio" in metrics:
+            self.ratios.append(metrics["plasticity/alert/ratio"])
+
+
+def test_a_fresh_reference_that_nobody_measures_is_asked_for_once():
+    (said,) = run(PlasticityAlert(against="fresh", from_task=0), Scripted([10.0, 10.0, 10.0]))
+    assert "give the monitor fresh_control=True" in said
+
+
+def test_an_idle_alert_costs_a_step_nothing():
+    alert = PlasticityAlert()
+    inside = ("on_train_batch_start", "on_train_batch_end", "on_before_backward", "on_after_backward",
+              "on_before_optimizer_step", "on_before_zero_grad")  # fmt: skip
+    assert [name for name in inside if callable(getattr(alert, name))] == []
+    assert alert.state_key is alert.state_key
+    assert PlasticityAlert(against="early").state_key != alert.state_key
