@@ -48,7 +48,8 @@ def reinitialize(module: nn.Module, fresh: FreshInit | None = None) -> None:
     if missed:
         raise MeasurementError(
             f"No reset_parameters of {type(module).__name__}'s modules sets {', '.join(missed)}; give their module a "
-            "reset_parameters method, or pass fresh=, a function that initialises the module or returns a new one."
+            "reset_parameters method. TrainabilityProbe and measure_trainability also take fresh=, a function that "
+            "initialises the module or returns a new one."
         )
 
 
