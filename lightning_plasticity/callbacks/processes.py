@@ -25,6 +25,15 @@ COLLECTIVES = (
     "all_to_all_single", "barrier", "broadcast", "broadcast_object_list", "gather", "gather_object", "reduce",
     "reduce_scatter", "reduce_scatter_tensor", "scatter", "send", "recv", "isend", "irecv",
 )  # fmt: skip
+# Where all of those end, also under a name that the user has imported; not every torch has each.
+GROUP_METHODS = (
+    "allgather", "allgather_coalesced", "allgather_into_tensor_coalesced", "_allgather_base", "all_gather_single",
+    "all_gather_single_coalesced", "allreduce", "allreduce_coalesced", "all_to_all_single", "alltoall", "alltoall_base",
+    "barrier", "broadcast", "gather", "gather_into_tensor", "gather_single", "monitored_barrier", "recv",
+    "recv_anysource", "reduce", "reduce_scatter", "reduce_scatter_single", "reduce_scatter_single_coalesced",
+    "reduce_scatter_tensor_coalesced", "_reduce_scatter_base", "scatter", "send",
+)  # fmt: skip
+FUNCTIONAL = ("_resolve_group_name", "_resolve_group")  # what functional collectives ask for first
 
 
 def several(trainer: Any) -> bool:
@@ -140,14 +149,23 @@ def no_collectives(trainer: Any) -> Iterator[None]:
 
         return refused
 
-    before = {name: getattr(torch.distributed, name) for name in COLLECTIVES if hasattr(torch.distributed, name)}
+    from torch.distributed import _functional_collectives  # not in a torch built without torch.distributed
+
+    before: list[tuple[Any, str, Any, str]] = []  # owner, attribute, its value, its name in the message
+    for owner, names, label in (
+        (torch.distributed, COLLECTIVES, "{}"),
+        (torch.distributed.ProcessGroup, GROUP_METHODS, "ProcessGroup.{}"),
+        (_functional_collectives, FUNCTIONAL, "_functional_collectives"),
+    ):
+        found = vars(owner)
+        before += [(owner, name, found[name], label.format(name)) for name in names if name in found]
     try:
-        for name in before:
-            setattr(torch.distributed, name, refuse(name))
+        for owner, name, _, called in before:
+            setattr(owner, name, refuse(called))
         yield
     finally:
-        for name, function in before.items():
-            setattr(torch.distributed, name, function)
+        for owner, name, function, _ in before:
+            setattr(owner, name, function)
 
 
 def _attempt(fetch: Callable[[], Probe]) -> tuple[Probe | None, bytes | None, str | None]:

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from runs import Classifier, Witness, data, leaves, mlp, outcome, trainer
 from small_fits import Net
 from torch import nn
+from torch.distributed import _functional_collectives, all_reduce
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, TensorDataset
 
 from lightning_plasticity import (
@@ -213,6 +214,33 @@ class Gathers(Classifier):
 def collective(rank: int, directory: Path) -> Any:
     loader = DataLoader(TensorDataset(*data(0, 12)), batch_size=3)
     return both(rank, lambda: [loader], pair(), lambda: Gathers(mlp(), lr=0.02))
+
+
+class Reduces(Classifier):
+    """Collectives that are no attributes of ``torch.distributed``: an imported name, a functional one."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(mlp(), lr=0.02)
+        self.how = how
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        out = self.net(batch[0])
+        total = out.detach().sum()
+        if self.how == "name":
+            all_reduce(total)
+        else:
+            total = _functional_collectives.all_reduce(total, "sum", torch.distributed.group.WORLD) + 0.0
+        return nn.functional.cross_entropy(out, batch[1]) + 0.0 * total
+
+
+def collective_by_name(rank: int, directory: Path) -> Any:
+    """Each step in both forms; training itself goes on with them."""
+    found = {}
+    for how in ("name", "functional"):
+        loader = DataLoader(TensorDataset(*data(0, 12)), batch_size=3)
+        ran = fits(rank, [loader], pair(when="start"), partial(Reduces, how), max_steps=1)
+        found[how] = [record["failure"] for record in ran["records"]]
+    return found
 
 
 class Slow(Classifier):
@@ -434,6 +462,7 @@ DDP = {
     "no_data": no_data,
     "unsendable": unsendable,
     "collective": collective,
+    "collective_by_name": collective_by_name,
     "budget": budget,
     "stopping": stopping,
     "labels": labels,

@@ -238,6 +238,13 @@ def test_a_step_with_collectives_is_told_so_instead_of_hanging(found: Any) -> No
         assert "curvature_loss(batch)" in record["failure"]
 
 
+def test_collectives_are_found_under_whatever_name(found: Any) -> None:
+    for failures in found("collective_by_name"):
+        assert len(failures["name"]) == len(failures["functional"]) == 2
+        assert all("calls torch.distributed.ProcessGroup.allreduce" in why for why in failures["name"])
+        assert all("calls torch.distributed._functional_collectives" in why for why in failures["functional"])
+
+
 def test_ranks_do_as_rank_zero_plans_however_slow_they_are(found: Any) -> None:
     first, second = found("budget")
     assert first["records"] == second["records"]
