@@ -13,20 +13,27 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
+from lightning.pytorch import LightningDataModule
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
 
 from lightning_plasticity.callbacks.live import live_optimizers
 from lightning_plasticity.curvature import MeasurementError
 from lightning_plasticity.nn import undisturbed
 from lightning_plasticity.nn.batches import batch_size, clone_batch
-from lightning_plasticity.nn.generators import generator_state, held_by
-from lightning_plasticity.nn.snapshot import CONTAINERS, restore_container
+from lightning_plasticity.nn.generators import generator_state, held_by, is_helper
+from lightning_plasticity.nn.snapshot import CONTAINERS, Snapshot, restore_container
 
 FIRST_BATCH = "first batch"
+KEEPERS = (Dataset, torch.nn.Module, LightningDataModule)  # whose attributes a fetched sample may change
 CHUNK = 512  # samples in one probe batch at most
 TRAINING_DATASET = "training dataset"  # as a source
+ITERATION = ("__iter__", "_get_iterator", "__getattribute__")  # how a loader makes its batches
+PLAIN_LOADERS = ("torch", "torchdata", "builtins")  # torchdata's StatefulDataLoader yields what a DataLoader does
+REMEMBERED = 2**26  # bytes of arrays and tensors of which copies are kept while samples are fetched
 
 
 @dataclass(frozen=True)
@@ -61,7 +68,7 @@ def probe_batches(trainer: Any, pl_module: Any, data: Any, num_samples: int, fir
     """
     if data is not None:
         return _given(trainer, pl_module, data, num_samples)
-    loader = _single_loader(trainer)
+    loader, why_not = _single_loader(trainer)
     if loader is not None and len(_indices(trainer, loader)):
         try:
             return _of_training(trainer, pl_module, loader, num_samples, first_batch)
@@ -70,13 +77,13 @@ def probe_batches(trainer: Any, pl_module: Any, data: Any, num_samples: int, fir
                 raise
     if first_batch is None:
         raise MeasurementError("No probe data: the training loader gave no batch; pass data= to the monitor.")
-    return Probe([clone_batch(first_batch)], FIRST_BATCH)
+    return Probe([clone_batch(first_batch)], FIRST_BATCH + why_not)
 
 
 def _given(trainer: Any, pl_module: Any, data: Any, num_samples: int) -> Probe:
     with undisturbed(pl_module, mode="as_is", **live_optimizers(pl_module)):
         data = data(trainer, pl_module) if _is_function(data) else data
-        with _untouched(data):
+        with _untouched(data, getattr(trainer, "datamodule", None)):
             return Probe(_transferred(trainer, pl_module, _from_user(data, num_samples)), "given")
 
 
@@ -129,12 +136,21 @@ def _is_function(data: Any) -> bool:
     return callable(data) and not isinstance(data, Tensor | Mapping | Dataset | Iterable)
 
 
-def _single_loader(trainer: Any) -> DataLoader[Any] | None:
-    """The Trainer's training loader, if it is one plain loader over a map-style dataset."""
+def _single_loader(trainer: Any) -> tuple[DataLoader[Any] | None, str]:
+    """The Trainer's training loader, if it is one plain loader over a map-style dataset; else what is odd about it."""
     loader = trainer.train_dataloader
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
-        return None
-    return loader if hasattr(loader.dataset, "__len__") and loader.batch_sampler is not None else None
+        return None, ""
+    own = [name for name in ITERATION if _defined_in(type(loader), name) not in PLAIN_LOADERS]
+    if own:  # what it yields need not be what its dataset and its collate_fn make
+        return None, f", for {type(loader).__name__} has a {own[0]} of its own"
+    return (loader if hasattr(loader.dataset, "__len__") and loader.batch_sampler is not None else None), ""
+
+
+def _defined_in(cls: type, name: str) -> str:
+    """The package of the class that defines a method."""
+    owner = next(base for base in cls.__mro__ if name in vars(base))
+    return owner.__module__.partition(".")[0]
 
 
 def _spread(
@@ -208,18 +224,34 @@ def _hook_owner(trainer: Any, pl_module: Any) -> Any:
 
 @contextmanager
 def _untouched(*owners: Any) -> Iterator[None]:
-    """Put back what fetching samples may change: random generators that data keep, counters, lists and caches."""
+    """Put back what fetching samples may change: random generators that data keep, counters, lists and caches.
+
+    Also small arrays and tensors. Large ones, the data themselves mostly, are not copied.
+    """
     held = held_by(*owners)
+    small = Snapshot(torch.nn.Module(), _small(held))
     states = [state for state in map(generator_state, held) if state is not None]
-    attributes = [(value, dict(vars(value))) for value in held if isinstance(value, Dataset)]
+    attributes = [(vars(value), dict(vars(value))) for value in held if isinstance(value, KEEPERS) or is_helper(value)]
     containers = [(value, value.copy()) for value in held if isinstance(value, CONTAINERS)]
     try:
         yield
     finally:
         for state in states:
             state()
-        for dataset, before in attributes:
-            vars(dataset).clear()
-            vars(dataset).update(before)
-        for container, entries in containers:
+        for container, entries in [*attributes, *containers]:
             restore_container(container, entries)
+        small.restore()
+
+
+def _small(values: Iterable[Any]) -> list[Any]:
+    """Arrays and tensors, the smallest first, as many as may be copied."""
+    sizes = [(value, value.nbytes) for value in values if type(value) is np.ndarray]  # a memmap is a file
+    tensors = [value for value in values if isinstance(value, Tensor) and not is_lazy(value)]
+    sizes += [(value, value.numel() * value.element_size()) for value in tensors]
+    found, total = [], 0
+    for value, size in sorted(sizes, key=lambda entry: entry[1]):
+        total += size
+        if total > REMEMBERED:
+            break
+        found.append(value)
+    return found
