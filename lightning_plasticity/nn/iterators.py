@@ -6,10 +6,12 @@ import io
 import itertools
 import re
 import warnings
+from collections.abc import Iterable
 from copy import copy, deepcopy
 from typing import Any, NoReturn
 
-_PLAIN = tuple(type(iter(values)) for values in ([], (), range(0), "", reversed([])))  # copies of these are independent
+_EMPTY: tuple[Iterable[Any], ...] = ([], (), range(0), "", reversed([]))
+_PLAIN = tuple(type(iter(values)) for values in _EMPTY)  # copies of these are independent
 
 
 def is_iterator(value: Any) -> bool:

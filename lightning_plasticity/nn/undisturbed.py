@@ -205,9 +205,9 @@ def _silence_kept(stack: ExitStack, module: nn.Module, snapshot: Snapshot, live:
                 stack.callback(shadow_method(writer, name, _nothing))
     for submodule in module.modules():
         if live and hasattr(type(submodule), "manual_backward") and hasattr(type(submodule), "optimizers"):
-            reach = submodule.optimizers
+            reach: Any = submodule.optimizers
 
-            def optimizers(*args: Any, reach: Callable[..., Any] = reach, **kwargs: Any) -> Any:
+            def optimizers(*args: Any, reach: Any = reach, **kwargs: Any) -> Any:
                 snapshot.add(optimizer.state for optimizer in live)
                 return reach(*args, **kwargs)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from zoo.base import Expectation, Kind, Samples, Small, by_net, pairs, points
+from zoo.base import BATCH, Expectation, Kind, Samples, Small, by_net, pairs, points
 from zoo.steps import ManualOne
 
 
@@ -65,10 +65,11 @@ class EditsStateByHand(ManualOne):
 
 
 class Stops(Small):
-    """Asks the Trainer to stop."""
+    """Asks the Trainer to stop when a batch is larger than those it trains on, as probe batches are."""
 
     def loss(self, batch: Any) -> Tensor:
-        self.trainer.should_stop = True
+        if len(batch[0]) > BATCH:
+            self.trainer.should_stop = True
         return super().loss(batch)
 
 
@@ -157,6 +158,6 @@ KINDS = [
     Kind("edits the optimizer's state by hand", EditsStateByHand, pairs, Expectation(by_net)),
     Kind("asks to stop", Stops, pairs, Expectation(by_net)),
     Kind("odd places", OddPlaces, pairs, Expectation(by_net, end=False)),
-    Kind("draws from an iterator", Draws, pairs, Expectation(warned={"ggn, hessian": REFUSED, "features": REFUSED})),
+    Kind("draws from an iterator", Draws, pairs, Expectation(warned={"ggn, hessian": REFUSED, "": REFUSED})),
     Kind("draws from a generator, named", DrawsNamed, pairs, Expectation(by_net)),
 ]
