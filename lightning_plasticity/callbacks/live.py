@@ -9,6 +9,7 @@ from typing import Any, TypedDict
 from lightning.pytorch.loggers.logger import DummyLogger
 
 from lightning_plasticity.callbacks.base import Callback
+from lightning_plasticity.nn.snapshot import Snapshot
 
 
 class FewHooks(Callback):
@@ -42,13 +43,19 @@ def live_optimizers(pl_module: Any) -> LiveOptimizers:
 
 @contextmanager
 def quiet(trainer: Any) -> Iterator[None]:
-    """Give the module loggers that write nothing: what a training step logs by hand would be there twice."""
-    loggers = list(trainer.loggers)
+    """Give the module loggers that write nothing: what a training step logs by hand would be there twice.
+
+    Also puts back what a step may set on the Trainer: ``should_stop``, and the attributes of its datamodule.
+    """
+    loggers, should_stop = list(trainer.loggers), trainer.should_stop
+    datamodule = getattr(trainer, "datamodule", None)
+    snapshot = Snapshot(None, data=[] if datamodule is None else [vars(datamodule)])
     trainer.loggers = [_MutedLogger(logger) for logger in loggers]
     try:
         yield
     finally:
-        trainer.loggers = loggers
+        snapshot.restore()
+        trainer.loggers, trainer.should_stop = loggers, should_stop
 
 
 class _MutedLogger(DummyLogger):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import queue
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +24,7 @@ _LIBRARIES = (  # objects of these, and of classes derived from theirs, are no p
     | {*_OPAQUE, "lightning_fabric", "lightning_plasticity", "matplotlib", "omegaconf"}
     | {"aim", "clearml", "comet_ml", "mlflow", "neptune", "tensorboard", "tensorboardX", "wandb"}
 )
+_KEPT = (argparse.Namespace, queue.Queue, Dataset)  # library classes that are plain helpers all the same
 _OPEN = (Dataset, DataLoader, Sampler, nn.Module)  # looked into wherever their class is defined
 
 
@@ -42,9 +45,13 @@ def generator_state(value: Any) -> Callable[[], object] | None:
 
 def is_helper(value: Any) -> bool:
     """Whether the value is a plain object of the user's: it has attributes, and no class of a library is behind it."""
-    if isinstance(value, type) or not isinstance(getattr(value, "__dict__", None), dict):
-        return False
     classes = [cls for cls in type(value).__mro__ if cls is not object]
+    if isinstance(value, _KEPT):
+        return True
+    if isinstance(value, type) or not (
+        isinstance(getattr(value, "__dict__", None), dict) or any(cls.__dict__.get("__slots__") for cls in classes)
+    ):
+        return False
     return all(cls.__module__.partition(".")[0] not in _LIBRARIES for cls in classes)
 
 

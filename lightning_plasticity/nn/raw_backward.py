@@ -1,4 +1,4 @@
-"""Losses that a step calls ``backward`` on itself, past ``manual_backward``."""
+"""Losses that a step differentiates itself, past ``manual_backward``."""
 
 from __future__ import annotations
 
@@ -6,26 +6,30 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from lightning_plasticity.nn.snapshot import shadow_method
 
 
 @contextmanager
 def noting_backward(losses: list[Tensor]) -> Iterator[None]:
-    """Add to ``losses`` what ``Tensor.backward`` is called on; the call runs, and its graph stays for ours.
+    """Add to ``losses`` what ``Tensor.backward`` or ``torch.autograd.backward`` is called on.
 
-    Its gradients are needed by steps that read them (an attack on the inputs, say).
+    The call runs, and its graph stays for ours. Its gradients are needed by steps that read them (an attack on the
+    inputs, say).
     """
-    tensor_class: Any = Tensor
-    original = tensor_class.backward
+    original = torch.autograd.backward  # which ``Tensor.backward`` calls as well
 
-    def backward(loss: Tensor, gradient: Any = None, retain_graph: Any = None, *args: Any, **kwargs: Any) -> Any:
-        # Under a function mode torch comes here twice, for the same tensor.
-        if not any(known is loss for known in losses) and gradient is None:
-            losses.append(loss)
-        return original(loss, gradient, True, *args, **kwargs)
+    def backward(tensors: Any, grad_tensors: Any = None, retain_graph: Any = None, *args: Any, **kwargs: Any) -> Any:
+        tensors = tensors if isinstance(tensors, Tensor) else tuple(tensors)
+        for loss in (tensors,) if isinstance(tensors, Tensor) else tensors:
+            if not any(known is loss for known in losses) and grad_tensors is None and not kwargs.get("grad_variables"):
+                losses.append(loss)
+        return original(tensors, grad_tensors, True, *args, **kwargs)
 
-    tensor_class.backward = backward
+    undo = shadow_method(torch.autograd, "backward", backward)
     try:
         yield
     finally:
-        tensor_class.backward = original
+        undo()

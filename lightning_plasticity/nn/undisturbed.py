@@ -65,7 +65,9 @@ def undisturbed(
     Inside: gradients on, inference mode and autocast off, attention by its math kernel (the fused ones have no double
     backward), checkpointing and weight normalisation by forms that can be differentiated twice, compiled code run
     eagerly, TF32 off, random state seeded. ``log`` and ``log_dict`` do nothing; in manual
-    optimization ``manual_backward`` collects the loss instead of running it, and optimizers and schedulers do not step.
+    optimization ``manual_backward`` collects the loss instead of running it, and optimizers and schedulers do not step,
+    also those that the module keeps itself. A TensorBoard writer kept on the module writes nothing; an iterator kept
+    there is not drawn from (a copy is, or a ``RuntimeError`` says that there is none).
 
     Args:
         module: the user's module, run as it is (never copied).
@@ -112,7 +114,11 @@ def undisturbed(
         stack.callback(snapshot.restore)
         if full_precision:
             stack.enter_context(raised_precision(module))
-        _silence(stack, module, losses, optimizers, schedulers)
+        snapshot.divert_iterators()
+        kept = [optimizer for optimizer in snapshot.optimizers if all(optimizer is not one for one in optimizers)]
+        timed = [scheduler for scheduler in snapshot.schedulers if all(scheduler is not one for one in schedulers)]
+        _silence(stack, module, losses, [*optimizers, *kept], [*schedulers, *timed])
+        _silence_kept(stack, module, snapshot, optimizers)
         _set_mode(module, mode)
         _make_gradients_dense(module)
         seed_rng(seed)
@@ -160,33 +166,52 @@ def _is_compiled(module: nn.Module) -> bool:
     )
 
 
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _only_closure(closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+    return closure() if callable(closure) else None
+
+
 def _silence(
     stack: ExitStack, module: nn.Module, losses: list[Tensor], optimizers: Iterable[Any], schedulers: Iterable[Any]
 ) -> None:
     """Shadow what would write outside the module, until the stack closes."""
 
-    def nothing(*args: Any, **kwargs: Any) -> None:
-        return None
-
     def collect(loss: Tensor, *args: Any, **kwargs: Any) -> None:
         losses.append(loss)
-
-    def only_closure(closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
-        return closure() if callable(closure) else None
-
-    def shadow(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-        stack.callback(shadow_method(owner, name, replacement))
 
     for submodule in module.modules():
         if hasattr(type(submodule), "manual_backward"):
             for name in ("log", "log_dict", "clip_gradients"):
-                shadow(submodule, name, nothing)
-            shadow(submodule, "manual_backward", collect)
+                stack.callback(shadow_method(submodule, name, _nothing))
+            stack.callback(shadow_method(submodule, "manual_backward", collect))
     for optimizer in optimizers:
-        shadow(optimizer, "step", only_closure)
-        shadow(optimizer, "zero_grad", nothing)
+        stack.callback(shadow_method(optimizer, "step", _only_closure))
+        stack.callback(shadow_method(optimizer, "zero_grad", _nothing))
     for scheduler in schedulers:
-        shadow(scheduler, "step", nothing)
+        stack.callback(shadow_method(scheduler, "step", _nothing))
+
+
+def _silence_kept(stack: ExitStack, module: nn.Module, snapshot: Snapshot, live: list[Any]) -> None:
+    """What is kept on the module and writes outside; and the state of the Trainer's optimizers, once it is asked for.
+
+    Remembered then only, because it is two more copies of the parameters, and most steps never come near it.
+    """
+    for writer in snapshot.writers:
+        for name in dir(type(writer)):
+            if name.startswith("add_"):
+                stack.callback(shadow_method(writer, name, _nothing))
+    for submodule in module.modules():
+        if live and hasattr(type(submodule), "manual_backward") and hasattr(type(submodule), "optimizers"):
+            reach: Any = submodule.optimizers
+
+            def optimizers(*args: Any, reach: Any = reach, **kwargs: Any) -> Any:
+                snapshot.add(optimizer.state for optimizer in live)
+                return reach(*args, **kwargs)
+
+            stack.callback(shadow_method(submodule, "optimizers", optimizers))
 
 
 def _make_gradients_dense(module: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_plasticity.nn import is_measuring, preserve_rng, undisturbed
-from lightning_plasticity.nn.snapshot import MANY, Snapshot
+from lightning_plasticity.nn.snapshot import MANY, SMALL, Snapshot
 
 
 class Everything(L.LightningModule):
@@ -331,7 +332,8 @@ class Served(Dataset[Any]):
     """Looks like a helper, but holds the data."""
 
     def __init__(self) -> None:
-        self.x = torch.zeros(2)
+        self.x, self.array = torch.zeros(SMALL + 1, dtype=torch.uint8), np.zeros(SMALL)
+        self.parts = [self.x[:], [self.x[:]]]
 
 
 def test_plain_helper_objects_are_as_they_were() -> None:
@@ -364,11 +366,73 @@ def test_datasets_loggers_trainers_and_long_lists_are_not_copied() -> None:
     module.trainer = trainer
     module.long = [torch.zeros(1) for _ in range(MANY + 1)]
     snapshot = Snapshot(module)
-    assert not {id(module.data), id(module.source), id(trainer)} & snapshot._objects.keys()
-    assert snapshot._tensors == {}
+    assert not {id(module.source), id(trainer)} & snapshot._objects.keys()
+    assert snapshot._tensors == snapshot._arrays == {}
     module.long.pop()
+    module.data.parts.pop()
+    module.data.x = None
     snapshot.restore()
     assert len(module.long) == MANY + 1
+    assert len(module.data.parts) == 2
+    assert module.data.x is not None
+
+
+class SummaryWriter:
+    """Stands in for TensorBoard's, which is known by this name."""
+
+    def __init__(self) -> None:
+        self.written: list[Any] = []
+
+    def add_scalar(self, name: str, value: float) -> None:
+        self.written.append((name, value))
+
+
+def test_writers_kept_on_the_module_write_nothing() -> None:
+    module = nn.Linear(2, 2)
+    module.writers = {"board": [SummaryWriter()]}
+    # As the real one is no plain object of the user's, what it has written is not put back: it must not be called.
+    (writer,) = module.writers["board"]
+    outside: list[Any] = []
+    type(writer).__module__, writer.written = "tensorboardX.writer", outside
+    with undisturbed(module):
+        module.writers["board"][0].add_scalar("a", 1.0)
+        assert outside == []
+    writer.add_scalar("b", 1.0)
+    assert outside == [("b", 1.0)]
+
+
+def test_iterators_are_not_drawn_from() -> None:
+    module = nn.Linear(2, 2)
+    generator = (i for i in range(3))
+    module.pair, module.count = (iter([1, 2]), generator), itertools.count(0.5)
+    module.both = [itertools.cycle(iter([1, 2])), itertools.cycle(generator)]
+    before = (module.pair, module.count, list(module.both))
+    next(module.pair[0])
+    with undisturbed(module):
+        assert next(module.pair[0]) == 2
+        assert next(module.both[0]) == 1
+        for held in (module.pair[1], module.count, module.both[1]):
+            with pytest.raises(RuntimeError, match="an iterator that cannot be put back"):
+                next(held)
+    assert (module.pair, module.count, module.both) == before
+    assert [next(module.pair[0]), next(module.count), next(module.both[0]), next(generator)] == [2, 0.5, 1, 0]
+
+
+def test_the_state_of_optimizers_is_copied_only_when_it_can_be_reached() -> None:
+    class Reaches(L.LightningModule):
+        def optimizers(self, use_pl_optimizer: bool = True) -> Any:
+            return optimizer
+
+    module = Reaches()
+    module.net = nn.Linear(2, 2)
+    optimizer = torch.optim.Adam(module.parameters())
+    module.net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    before = str(optimizer.state_dict())
+    with undisturbed(module, optimizers=[optimizer]):
+        module.optimizers().state[module.net.weight]["exp_avg"].add_(1)
+        module.optimizers().state.clear()
+    assert str(optimizer.state_dict()) == before
 
 
 def test_settings_of_optimizers_and_schedulers_are_put_back() -> None:

@@ -5,8 +5,9 @@ from zoo.base import Expectation, Kind
 from zoo.batches import KINDS as BATCHES
 from zoo.layers import KINDS as LAYERS
 from zoo.parameters import KINDS as PARAMETERS
+from zoo.reaching import KINDS as REACHING
 from zoo.steps import KINDS as STEPS
 
-KINDS: list[Kind] = [*BATCHES, *STEPS, *LAYERS, *PARAMETERS, *ATTRIBUTES]
+KINDS: list[Kind] = [*BATCHES, *STEPS, *LAYERS, *PARAMETERS, *ATTRIBUTES, *REACHING]
 
 __all__ = ["KINDS", "Expectation", "Kind"]

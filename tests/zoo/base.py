@@ -24,7 +24,8 @@ class Expectation:
         hand: ``(module in float64, all samples of a task in one batch) -> (outputs, loss as a function of them)``,
             written without the training step; its dense second derivatives are the reference. None where nothing is
             measured.
-        warned: a pattern of the one warning, by what is not measured: ``"ggn"``, ``"hessian"``, ``"features"``.
+        warned: a pattern of the one warning, by what is not measured: ``"ggn"``, ``"hessian"``, ``"features"``,
+            and ``""`` for features of a step that does not run.
         told: patterns of warnings beside a number that is measured all the same.
         end: whether the reference also holds for the trained weights on the second task.
         only: the one matrix that the reference is of, where another is of less than the whole loss.
