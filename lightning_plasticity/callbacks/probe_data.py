@@ -245,7 +245,8 @@ def _untouched(*owners: Any) -> Iterator[None]:
 
 def _small(values: Iterable[Any]) -> list[Any]:
     """Arrays and tensors, the smallest first, as many as may be copied."""
-    sizes = [(value, value.nbytes) for value in values if type(value) is np.ndarray]  # a memmap is a file
+    values = list(values)
+    sizes: list[tuple[Any, int]] = [(value, value.nbytes) for value in values if type(value) is np.ndarray]  # a memmap is a file
     tensors = [value for value in values if isinstance(value, Tensor) and not is_lazy(value)]
     sizes += [(value, value.numel() * value.element_size()) for value in tensors]
     found, total = [], 0
