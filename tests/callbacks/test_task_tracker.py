@@ -467,7 +467,7 @@ def test_a_method_of_another_signature_is_left_alone_and_named_once() -> None:
             called.append("foreign")
 
     tracker, recorder = recorded(EveryNEpochs(1))
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="left alone") as caught:
         make_trainer(Foreign(), tracker, recorder, max_epochs=2).fit(Own(), loader())
     assert called == []
     assert recorder.events == pairs(0, 3, 6)
