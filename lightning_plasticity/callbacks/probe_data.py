@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SequentialSampler
@@ -226,10 +227,13 @@ def _hook_owner(trainer: Any, pl_module: Any) -> Any:
 def _untouched(*owners: Any) -> Iterator[None]:
     """Put back what fetching samples may change: random generators that data keep, counters, lists and caches.
 
-    Also small arrays and tensors. Large ones, the data themselves mostly, are not copied.
+    Also small arrays and tensors. Of large ones, the data themselves mostly, there is no copy, but a warning.
     """
     held = held_by(*owners)
-    small = Snapshot(torch.nn.Module(), _small(held))
+    few = _small(held)
+    small = Snapshot(torch.nn.Module(), few)
+    copied = {id(value) for value in few}
+    large = [(t, t._version) for t in held if isinstance(t, Tensor) and id(t) not in copied and not t.is_inference()]
     states = [state for state in map(generator_state, held) if state is not None]
     attributes = [(vars(value), dict(vars(value))) for value in held if isinstance(value, KEEPERS) or is_helper(value)]
     containers = [(value, value.copy()) for value in held if isinstance(value, CONTAINERS)]
@@ -241,12 +245,17 @@ def _untouched(*owners: Any) -> Iterator[None]:
         for container, entries in [*attributes, *containers]:
             restore_container(container, entries)
         small.restore()
+        if any(tensor._version != version for tensor, version in large):
+            rank_zero_warn(
+                "Fetching samples to measure on has changed a large tensor of the dataset in place, which is not put "
+                "back: the run differs from one without monitors. Change copies in __getitem__, or pass data=."
+            )
 
 
 def _small(values: Iterable[Any]) -> list[Any]:
     """Arrays and tensors, the smallest first, as many as may be copied."""
-    values = list(values)
-    sizes: list[tuple[Any, int]] = [(value, value.nbytes) for value in values if type(value) is np.ndarray]  # a memmap is a file
+    # A memmap is a file.
+    sizes: list[tuple[Any, int]] = [(value, value.nbytes) for value in values if type(value) is np.ndarray]
     tensors = [value for value in values if isinstance(value, Tensor) and not is_lazy(value)]
     sizes += [(value, value.numel() * value.element_size()) for value in tensors]
     found, total = [], 0

@@ -363,10 +363,11 @@ def test_the_fresh_network_of_a_named_monitor_is_found(name):
     monitor = FeatureRankMonitor(fresh_control=True, on_error="raise", when="start", name=name)
     heard = Heard()
     trainer(max_epochs=2, callbacks=[alert, monitor, TaskTracker(EveryNEpochs(1))], logger=heard).fit(Net(), data())
-    controls = [value for found in monitor.records for key, value in found.values.items()
-                if key.endswith("fresh/features/srank")]  # fmt: skip
-    pairs = zip(monitor.records, controls, strict=True)
-    ratios = [record.values[key].value / control.value for record, control in pairs]
+    controls = [value for found in monitor.records for at, value in found.values.items()
+                if at.endswith("fresh/features/srank")]  # fmt: skip
+    ratios = [
+        record.values[key].value / control.value for record, control in zip(monitor.records, controls, strict=True)
+    ]
     assert heard.ratios == ratios
 
 

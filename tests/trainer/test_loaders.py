@@ -265,9 +265,14 @@ def test_large_tensors_of_a_dataset_are_not_copied(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(probe_data, "REMEMBERED", 1000)
     few, many, tiny = torch.zeros(100), torch.zeros(10_000), np.zeros(75)
     assert [id(value) for value in probe_data._small([many, few, "text", tiny])] == [id(few), id(tiny)]
-    with probe_data._untouched([many, few, tiny]):
-        for value in (many, few, tiny):
-            value += 1
+
+    def fetch() -> None:
+        with probe_data._untouched([many, few, tiny]):
+            for value in (many, few, tiny):
+                value += 1
+
+    with pytest.warns(UserWarning, match="changed a large tensor of the dataset in place"):
+        fetch()
     assert [float(value.sum()) for value in (many, few, tiny)] == [10_000.0, 0.0, 0.0]
 
 
