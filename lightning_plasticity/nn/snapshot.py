@@ -238,14 +238,16 @@ def _slots(kind: type) -> list[str]:
 
 def _attributes(value: Any) -> dict[str, Any]:
     attributes = dict(getattr(value, "__dict__", ()))
-    for name in _slots(type(value)):
+    kind: Any = type(value)
+    for name in _slots(kind):
         if (held := getattr(value, name, _MISSING)) is not _MISSING:
             attributes[name] = held
     return attributes
 
 
 def _restore_attributes(value: Any, attributes: dict[str, Any]) -> None:
-    slots = _slots(type(value))
+    kind: Any = type(value)
+    slots = _slots(kind)
     for name in slots:
         if name in attributes:
             object.__setattr__(value, name, attributes[name])

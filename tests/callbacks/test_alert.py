@@ -365,7 +365,9 @@ def test_the_fresh_network_of_a_named_monitor_is_found(name):
     trainer(max_epochs=2, callbacks=[alert, monitor, TaskTracker(EveryNEpochs(1))], logger=heard).fit(Net(), data())
     controls = [value for found in monitor.records for key, value in found.values.items()
                 if key.endswith("fresh/features/srank")]  # fmt: skip
-    ratios = [record.values[key].value / control.value for record, control in zip(monitor.records, controls, strict=True)]
+    ratios = [
+        record.values[key].value / control.value for record, control in zip(monitor.records, controls, strict=True)
+    ]
     assert heard.ratios == ratios
 
 
