@@ -14,6 +14,7 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -223,10 +224,11 @@ def _is_bulk(value: Any) -> bool:
     return isinstance(value, nn.Module) or (isinstance(value, np.ndarray) and value.nbytes > SMALL)
 
 
-def _slots(value: Any) -> list[str]:
-    """Names of the attributes that an object keeps outside of its ``__dict__``."""
+@lru_cache(maxsize=1024)
+def _slots(kind: type) -> list[str]:
+    """Names of the attributes that objects of a class keep outside of their ``__dict__``."""
     names = []
-    for cls in type(value).__mro__:
+    for cls in kind.__mro__:
         slots = cls.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
             private = name.startswith("__") and not name.endswith("__")
@@ -236,21 +238,25 @@ def _slots(value: Any) -> list[str]:
 
 def _attributes(value: Any) -> dict[str, Any]:
     attributes = dict(getattr(value, "__dict__", ()))
-    for name in _slots(value):
+    kind: Any = type(value)
+    for name in _slots(kind):
         if (held := getattr(value, name, _MISSING)) is not _MISSING:
             attributes[name] = held
     return attributes
 
 
 def _restore_attributes(value: Any, attributes: dict[str, Any]) -> None:
-    slots = _slots(value)
+    kind: Any = type(value)
+    slots = _slots(kind)
     for name in slots:
         if name in attributes:
             object.__setattr__(value, name, attributes[name])
         elif hasattr(value, name):
             object.__delattr__(value, name)
+    if slots:
+        attributes = {name: held for name, held in attributes.items() if name not in slots}
     if hasattr(value, "__dict__"):
-        _restore_dict(value.__dict__, {name: held for name, held in attributes.items() if name not in slots})
+        _restore_dict(value.__dict__, attributes)
 
 
 def _restore_dict(target: dict[Any, Any], source: dict[Any, Any]) -> None:
@@ -267,6 +273,8 @@ def _restore_dict(target: dict[Any, Any], source: dict[Any, Any]) -> None:
 def copy_container(container: Any) -> Any:
     """The entries of a list, dict, set or deque in a container of the plain class, whatever the subclass does."""
     if isinstance(container, dict):
+        if not len(container):
+            return {}
         base = OrderedDict if isinstance(container, OrderedDict) else dict
         return dict(base.items(container))
     return next(base(container) for base in (list, set, deque) if isinstance(container, base))

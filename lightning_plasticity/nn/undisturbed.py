@@ -59,6 +59,7 @@ def undisturbed(
     full_precision: bool = False,
     optimizers: Iterable[Any] = (),
     schedulers: Iterable[Any] = (),
+    draw: bool = False,
 ) -> Iterator[list[Tensor]]:
     """Run ``module`` and take gradients with ``torch.autograd.grad``; on exit all is as it was, bit for bit.
 
@@ -78,6 +79,9 @@ def undisturbed(
             for ``match_precision`` to cast.
         optimizers: the live optimizers that the module can reach; also their parameter groups' settings are put back.
         schedulers: their learning-rate schedulers; also their state is put back.
+
+        draw: whether iterators kept on the module are drawn from, and stay moved on: for regularisers, which need the
+            step to run.
 
     Yields:
         The list that collects the losses given to ``manual_backward``.
@@ -114,7 +118,8 @@ def undisturbed(
         stack.callback(snapshot.restore)
         if full_precision:
             stack.enter_context(raised_precision(module))
-        snapshot.divert_iterators()
+        if not draw:
+            snapshot.divert_iterators()
         kept = [optimizer for optimizer in snapshot.optimizers if all(optimizer is not one for one in optimizers)]
         timed = [scheduler for scheduler in snapshot.schedulers if all(scheduler is not one for one in schedulers)]
         _silence(stack, module, losses, [*optimizers, *kept], [*schedulers, *timed])

@@ -196,7 +196,10 @@ class RegularizationEngine:
         live: Live,
     ) -> Sequence[Tensor | None]:
         layers = self._layers_of(regularizer, module, lambda: run(clone_batch(batches[0])), live)
-        with undisturbed(module, mode="as_is", seed=self.num_steps, **live()), FeatureTaps(module, layers) as taps:
+        with (
+            undisturbed(module, mode="as_is", seed=self.num_steps, draw=True, **live()),
+            FeatureTaps(module, layers) as taps,
+        ):
             features = replayed(batches, run, taps, layers)
             if not features:
                 self._warn_once("no hidden layer was found to regularise; name some with layers=[...].")
@@ -268,7 +271,7 @@ class RegularizationEngine:
 
 
 def _found_in(module: nn.Module, run: Callable[[], object], live: Live) -> list[HiddenLayer]:
-    with undisturbed(module, **live()):
+    with undisturbed(module, draw=True, **live()):
         return find_hidden_layers(module, run)
 
 
