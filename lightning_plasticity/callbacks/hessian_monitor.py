@@ -231,7 +231,8 @@ class HessianSpectrumMonitor(BoundaryMonitor):
                 plan=gram_plan,
             )
         if new and (why := spectrum.settings.get("budget")):
-            tell(trainer, f"{type(self).__name__}: the {quantity} is measured on {why}.")
+            kept = "to keep to max_seconds and max_memory"
+            tell(trainer, f"{type(self).__name__}: the {quantity} was measured with less, {kept}: {why}.")
         return spectrum
 
     def _bounded(self, budget: Budget, measured: Measured) -> Budget:
