@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from lightning_plasticity.regularization.base import Regularizer, check_params, check_strength, in_full_precision
+from lightning_plasticity.regularization.base import in_full_precision
+from lightning_plasticity.regularization.l2_init import L2Init
 
 
-class Wasserstein(Regularizer):
+class Wasserstein(L2Init):
     """Add ``strength * sum_l ||sort(theta_l) - sort(theta_init,l)||^2`` to the loss, l over parameter tensors.
 
     The squared 2-Wasserstein distance (times the number of entries) between the entries of a tensor now and at the
@@ -38,15 +39,6 @@ class Wasserstein(Regularizer):
         >>> engine.penalty(net).item()
         0.0
     """
-
-    def __init__(self, strength: float = 1e-2, params: Sequence[str] | None = None) -> None:
-        self.strength = check_strength("strength", strength)
-        self.params = check_params(params)
-
-    @property
-    def needs_references(self) -> bool:
-        """Unless switched off."""
-        return self.strength > 0
 
     def reference(self, parameter: Tensor) -> Tensor:
         """The entries in ascending order, in the parameter's shape."""

@@ -65,18 +65,18 @@ class RandomLabelDigits(TaskStream):
 class _ChangedDigits(DatasetStream):
     """The digits under one kind of change."""
 
+    _kind: Change
+
     def __init__(
         self,
-        change: Change,
-        num_tasks: int,
-        epochs_per_task: int,
-        samples_per_task: int | None,
-        batch_size: int,
-        seed: int,
+        num_tasks: int = 40,
+        epochs_per_task: int = 10,
+        samples_per_task: int | None = None,
+        batch_size: int = 16,
+        seed: int = 0,
     ) -> None:
-        super().__init__(
-            (load_digits(), digit_labels()), change, num_tasks, epochs_per_task, samples_per_task, batch_size, seed
-        )
+        digits = load_digits(), digit_labels()
+        super().__init__(digits, self._kind, num_tasks, epochs_per_task, samples_per_task, batch_size, seed)
 
 
 class PermutedDigits(_ChangedDigits):
@@ -95,15 +95,7 @@ class PermutedDigits(_ChangedDigits):
         torch.Size([1797, 64])
     """
 
-    def __init__(
-        self,
-        num_tasks: int = 40,
-        epochs_per_task: int = 10,
-        samples_per_task: int | None = None,
-        batch_size: int = 16,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(PermutePixels(), num_tasks, epochs_per_task, samples_per_task, batch_size, seed)
+    _kind = PermutePixels()
 
 
 class PermutedLabelDigits(_ChangedDigits):
@@ -117,15 +109,7 @@ class PermutedLabelDigits(_ChangedDigits):
         seed: of permutations, draws and order.
     """
 
-    def __init__(
-        self,
-        num_tasks: int = 40,
-        epochs_per_task: int = 10,
-        samples_per_task: int | None = None,
-        batch_size: int = 16,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(PermuteLabels(), num_tasks, epochs_per_task, samples_per_task, batch_size, seed)
+    _kind = PermuteLabels()
 
 
 def load_digits() -> Tensor:
