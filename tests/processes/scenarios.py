@@ -25,11 +25,15 @@ from lightning_plasticity import (
     FeatureRankMonitor,
     HessianSpectrumMonitor,
     L2ERMixin,
+    L2Init,
     LayerReset,
     ReDo,
     Regularization,
     ShrinkAndPerturb,
+    SpectralNorm,
     TaskTracker,
+    TrainabilityProbe,
+    Wasserstein,
 )
 from lightning_plasticity.callbacks.schedules import EveryNEpochs, TaskAttribute
 from lightning_plasticity.metrics import (
@@ -344,6 +348,32 @@ def locked_steps(rank: int, directory: Path) -> Any:
 BY_HAND = {"use_distributed_sampler": False}
 
 
+PENALTIES: dict[str, Any] = {
+    "l2_init": lambda: L2Init(0.3),
+    "spectral": lambda: SpectralNorm(0.1),
+    "wasserstein": lambda: Wasserstein(0.3),
+}
+
+
+def penalised(batch_size: int, rank: int, directory: Path, **settings: Any) -> Any:
+    """Each penalty on the weights, and none, on every other sample (or on all)."""
+    inputs, classes = data(3, 24)
+    samples = TensorDataset(inputs[:, :4], classes)
+    dealt = DistributedSampler(samples, num_replicas=6 // batch_size, rank=rank, shuffle=False)
+    loader = DataLoader(samples, batch_size=batch_size, sampler=dealt)
+    plain = fits(rank, [loader], [], Net, **BY_HAND, **settings)
+    found = {"plain": plain}
+    for name, make in PENALTIES.items():
+        found[name] = fits(rank, [loader], [Regularization([make()])], Net, **BY_HAND, **settings)
+    return found
+
+
+def probing(rank: int, directory: Path, **settings: Any) -> Any:
+    """Two tasks with a probe at each; twice, for what it may disturb."""
+    probe = TrainabilityProbe(12, seeds=2, batch_size=4, evaluate_every=3, max_seconds=None, on_error="raise")
+    return both(rank, lambda: [whole_loader(0), whole_loader(1)], [probe], **settings)
+
+
 REMEDIES: dict[str, Any] = {
     "cbp": lambda: ContinualBackprop(0.3, maturity=1, decay=0.9, utility="adaptable"),
     "redo": lambda: ReDo(0.6, every_n_steps=2, samples=1),
@@ -470,6 +500,8 @@ DDP = {
     "callback": partial(regularised, "callback", 3),
     "unregularised": partial(regularised, "none", 3),
     "remedied": partial(remedied, 3),
+    "penalised": partial(penalised, 3),
+    "probing": probing,
     "uneven_steps": uneven_steps,
     "locked_steps": locked_steps,
     "metrics": metrics,
@@ -485,6 +517,8 @@ ONE = {
     "callback": partial(regularised, "callback", 6, **ALONE),
     "unregularised": partial(regularised, "none", 6, **ALONE),
     "remedied": partial(remedied, 6, **ALONE),
+    "penalised": partial(penalised, 6, **ALONE),
+    "probing": partial(probing, **ALONE),
     "uneven_steps": partial(uneven_steps, alone=True, **ALONE),
     "metrics": lambda rank, directory: metrics(None, directory),
 }

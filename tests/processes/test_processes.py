@@ -312,6 +312,32 @@ def test_interventions_of_two_processes_are_those_of_one_on_the_joined_minibatch
         torch.testing.assert_close(first["state"][name], expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("penalty", ["l2_init", "spectral", "wasserstein"])
+def test_penalties_of_two_processes_are_those_of_one_on_the_joined_minibatches(found: Any, penalty: str) -> None:
+    (one,) = found("penalised", "one")
+    first, second = (result[penalty] for result in found("penalised"))
+    assert first["outcome"]["weights"] == second["outcome"]["weights"]
+    for name, expected in one[penalty]["state"].items():
+        torch.testing.assert_close(first["state"][name], expected, rtol=1e-4, atol=1e-5)
+    moved = [float((one[penalty]["state"][n] - w).abs().max()) for n, w in one["plain"]["state"].items()]
+    assert max(moved) > 1e-3
+
+
+def test_the_probe_of_two_processes_trains_as_that_of_one_on_all_samples(found: Any) -> None:
+    """The first task's weights are the same in both; what is probed is the joined dataset."""
+    (one,) = found("probing", "one")
+    results = found("probing")
+    same_on_both(results)
+    assert one["differs"] == []
+    first, expected = results[0]["records"][0], one["records"][0]
+    assert [r["failure"] for r in results[0]["records"]] == [None, None]
+    assert first["values"]["plasticity/trainability/num_samples"][0] == UNEVEN
+    assert first["settings"]["curves"]["fresh"] != first["settings"]["curves"]["present"]
+    for key in ("initial_loss", "best_loss", "area", "fresh_best_loss", "gap_to_fresh"):
+        key = f"plasticity/trainability/{key}"
+        assert first["values"][key] == pytest.approx(expected["values"][key], rel=1e-4), key
+
+
 def test_streaming_metrics_of_two_processes_are_those_of_one(found: Any) -> None:
     (one,) = found("metrics", "one")
     assert len(one) == 12
