@@ -69,3 +69,21 @@ def test_a_worker_of_a_dask_cluster_dies_and_nothing_is_lost(
     for path in (tmp_path / "here").rglob("result.json"):
         there = tmp_path / "there" / path.relative_to(tmp_path / "here")
         assert read_json(path)["weights"] == read_json(there)["weights"]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of ray, on this machine
+def test_a_ray_cluster_gives_what_this_process_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("ray")
+    monkeypatch.setattr("lightning_plasticity.study.run.write_figures", lambda *_: None)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([HERE, str(Path(HERE).parent)]))
+    study = plain_study(stream={"class_path": "study_cases.Stream", "init_args": {"num_tasks": 2}}, seeds=[0, 1])
+    expected = run_study(parse_study(study, (HERE,)), tmp_path / "here", console=Console(file=io.StringIO()))
+    outcome = run_study(
+        parse_study(study, (HERE,)), tmp_path / "there", backend="ray", console=Console(file=io.StringIO())
+    )
+    assert outcome.failures == {}
+    assert len(outcome.rows) == len(expected.rows) > 0
+    for path in (tmp_path / "here").rglob("result.json"):
+        there = tmp_path / "there" / path.relative_to(tmp_path / "here")
+        assert read_json(path)["weights"] == read_json(there)["weights"]
