@@ -169,7 +169,7 @@ class BoundaryMonitor(FewHooks):
             self._probe = replace(self._probe, batches=[_moved(b, pl_module.device) for b in self._probe.batches])
 
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
-        """Measure the old weights on the new task's data."""
+        """Measure the weights the task begins with, on its data."""
         self._probe, self._probed_task = None, task
         if task % self.every_n_tasks:
             return

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -41,11 +42,12 @@ class TaskTracker(FewHooks):
 
     Both hooks have the signature ``(trainer, pl_module, task)`` with the task's index from 0, and are called on every
     object that defines them: the callbacks in the order of ``trainer.callbacks``, those that update weights last, then
-    the module, then the datamodule. A method of such a name that cannot take these arguments is left alone, with a
-    warning.
+    the module, then the datamodule. Only resets at a task's start (``ShrinkAndPerturb``, ``LayerReset``) come first,
+    so that monitors see the weights the task begins with. A method of such a name that cannot take these arguments is
+    left alone, with a warning.
 
     - ``on_task_start``: the new task's first batch has arrived (it is ``tracker.first_batch`` during the hook) and no
-      weight has changed yet. Called from ``on_train_batch_start``.
+      update has been made yet. Called from ``on_train_batch_start``.
     - ``on_task_end``: after the task's last update, while loggers and strategy live. Under ``EveryNSteps`` from
       ``on_train_batch_end``, under ``EveryNEpochs`` from ``on_train_epoch_end``. A boundary that only shows when the
       next task's batch is there (``TaskAttribute``, ``new_task()``) ends the old task right before the new one starts;
@@ -264,8 +266,8 @@ class TaskTracker(FewHooks):
             self.first_batch = None
 
     def _call_hooks(self, name: str, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Callbacks before the module is Lightning's own order: monitors see the weights before anybody acts on them.
-        callbacks = sorted(_callbacks(trainer), key=_updates_weights)
+        # Callbacks before the module is Lightning's own order.
+        callbacks = sorted(_callbacks(trainer), key=partial(_turn, hook=name))
         for owner in (*callbacks, pl_module, getattr(trainer, "datamodule", None)):
             hook = getattr(owner, name, None)
             if not callable(hook):
@@ -329,6 +331,13 @@ def _set_callbacks(trainer: Any, callbacks: list[Callback]) -> None:
 
 def _updates_weights(callback: Callback) -> bool:
     return bool(getattr(callback, "updates_weights", False))
+
+
+def _turn(callback: Callback, hook: str) -> int:
+    """A task begins with what its resets leave, and monitors see that; what updates weights otherwise comes last."""
+    if hook == "on_task_start" and getattr(callback, "resets_at_task_start", False):
+        return -1
+    return int(_updates_weights(callback))
 
 
 def _default_schedule(trainer: Trainer, pl_module: LightningModule, warned: set[str]) -> TaskSchedule:

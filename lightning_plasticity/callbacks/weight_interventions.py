@@ -20,6 +20,8 @@ SLOWEST = 0.9  # a factor below this at every step is a mistake: it leaves nothi
 class SeededIntervention(Intervention):
     """Base of those that draw from a generator of their own: equal on all processes, kept in checkpoints."""
 
+    resets_at_task_start = True  # the task tracker calls these first
+
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.seed = whole_number("seed", seed, 0)
@@ -105,7 +107,7 @@ class ShrinkAndPerturb(SeededIntervention):
         self._last_step = trainer.global_step
 
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
-        """Act at a boundary, after the monitors have seen the old weights."""
+        """Act at a boundary, before the monitors see the weights the task begins with."""
         if self.when == "task" and task > 0 and not self.on_demand:
             self.intervene(trainer, pl_module)
 
@@ -194,7 +196,7 @@ class LayerReset(SeededIntervention):
             self._names = last_layers(wiring, self.layers if isinstance(self.layers, int) else "head")
 
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
-        """Act at a boundary, after the monitors have seen the old weights."""
+        """Act at a boundary, before the monitors see the weights the task begins with."""
         if self.when == "task" and task > 0 and not self.on_demand:
             self.intervene(trainer, pl_module)
 
