@@ -44,8 +44,8 @@ LONG_WORK = 2e8  # trainable parameters times samples from which a measurement m
 class HessianSpectrumMonitor(BoundaryMonitor):
     """Measures the eigenvalue spectrum of the loss at task boundaries, without disturbing training.
 
-    At a task's start: the weights it begins with, its data, before the first update. At its end: the same samples. The GGN
-    is exact, through its Gram matrix; the Hessian is exact for few parameters, else estimated by Lanczos quadrature
+    At a task's start: the weights it begins with, its data, before the first update. At its end: the same samples. The
+    GGN is exact, through its Gram matrix; the Hessian is exact for few parameters, else estimated by Lanczos quadrature
     with 95 % intervals. Needs no change to the module: loss and outputs are found by watching its ``training_step``;
     override with ``loss_fn``, or ``curvature_loss(batch)`` and ``curvature_outputs(batch)`` on the module.
 
