@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_plasticity.callbacks.arguments import choice, decimal, function, numbers
 from lightning_plasticity.callbacks.live import live_optimizers
-from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement, OnError, Phase
+from lightning_plasticity.callbacks.measurement import Measurement
+from lightning_plasticity.callbacks.monitor import BoundaryMonitor, OnError, Phase
 from lightning_plasticity.callbacks.processes import describe
 from lightning_plasticity.curvature import LossClosure
 from lightning_plasticity.curvature.loss.closure import LossFunction

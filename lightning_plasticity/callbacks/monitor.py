@@ -7,20 +7,25 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lightning_plasticity.callbacks.arguments import choices, label, whole_number
 from lightning_plasticity.callbacks.live import FewHooks, live_optimizers, quiet
+from lightning_plasticity.callbacks.measurement import (
+    Measurement,
+    log_measurement,
+    reach_callback_metrics,
+    record_directory,
+    save_spectrum,
+)
 from lightning_plasticity.callbacks.probe_data import FIRST_BATCH, Probe, probe_batches
 from lightning_plasticity.callbacks.processes import (
     describe,
@@ -32,10 +37,9 @@ from lightning_plasticity.callbacks.processes import (
 )
 from lightning_plasticity.callbacks.sharding import refuse_unknown_sharding, whole
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
-from lightning_plasticity.curvature import MeasurementError, Spectrum
+from lightning_plasticity.curvature import MeasurementError
 from lightning_plasticity.curvature.measured import dtype_name
-from lightning_plasticity.linalg import Estimate
-from lightning_plasticity.loggers import log_directory, log_histogram, log_image, log_scalars, pixels_of, takes_images
+from lightning_plasticity.loggers import pixels_of, takes_images
 from lightning_plasticity.nn import undisturbed
 from lightning_plasticity.nn.batches import is_plain, map_tensors
 from lightning_plasticity.nn.precision import measured_dtype
@@ -46,27 +50,6 @@ Phase = Literal["start", "end"]
 PHASES = ("start", "end")
 OnError = Literal["warn", "raise"]
 LONG = 2.0  # seconds from which a measurement is announced
-
-
-@dataclass
-class Measurement:
-    """What one call of a monitor's ``measure`` found.
-
-    Attributes:
-        values: estimates by key.
-        settings: what was measured on and how.
-        spectra: to be saved beside the record, by matrix.
-        histograms: (values, counts) by key, shown on a log axis.
-        failures: what could not be measured (by its name in messages) and why, where other parts could.
-        retry: whether smaller batches may help: some failure came out of the module's own code.
-    """
-
-    values: dict[str, Estimate] = field(default_factory=dict)
-    settings: dict[str, Any] = field(default_factory=dict)
-    spectra: dict[str, Spectrum] = field(default_factory=dict)
-    histograms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    failures: dict[str, str] = field(default_factory=dict)
-    retry: bool = False
 
 
 class BoundaryMonitor(FewHooks):
@@ -325,15 +308,19 @@ class BoundaryMonitor(FewHooks):
         """Files, records, loggers; a full disk or a broken logger must not kill the run either."""
         directory = None
         with self._guarded(trainer, "write its record"):  # a logger is asked for its directory
-            directory = self._directory(trainer)
+            directory = record_directory(trainer, self.save_dir)
         if directory is not None:
-            record = replace(record, spectra=self._save_spectra(trainer, directory, record, measurement))
+            names = {}
+            for matrix, spectrum in measurement.spectra.items():
+                with self._guarded(trainer, "write its record"):
+                    names[matrix] = save_spectrum(directory, record, matrix, spectrum, self.name)
+            record = replace(record, spectra=names)
             with self._guarded(trainer, "write its record"):
                 append_record(directory, record)
         self.records.append(record)
         if record.phase == "start":
             with self._guarded(trainer, "log to the module"):
-                _reach_callback_metrics(pl_module, record, several(trainer))
+                reach_callback_metrics(pl_module, record, several(trainer))
         loggers = trainer.loggers if trainer.is_global_zero else []
         images = {}
         if any(takes_images(logger) for logger in loggers):
@@ -342,7 +329,7 @@ class BoundaryMonitor(FewHooks):
                 images = {self.named(key): pixels_of(figure) for key, figure in drawn}
         for logger in loggers:
             with self._guarded(trainer, f"log to {type(logger).__name__}"):
-                self._log(logger, record, measurement, images)
+                log_measurement(logger, record, measurement, images, self.named)
 
     @contextmanager
     def _guarded(self, trainer: Trainer, what: str) -> Iterator[None]:
@@ -353,51 +340,6 @@ class BoundaryMonitor(FewHooks):
                 raise
             why, name = describe(error), type(self).__name__
             self._warn_once(trainer, f"{what} {why}", f"{name} could not {what}: {why.rstrip('.')}. Training goes on.")
-
-    def _directory(self, trainer: Trainer) -> Path | None:
-        """Where files go, made when missing; None for no files."""
-        if not trainer.is_global_zero or getattr(trainer, "fast_dev_run", False):
-            return None
-        directory = Path(self.save_dir) if self.save_dir is not None else log_directory(trainer.loggers)
-        if directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
-        return directory
-
-    def _save_spectra(
-        self, trainer: Trainer, directory: Path, record: TaskRecord, measurement: Measurement
-    ) -> dict[str, str]:
-        """The names of those that could be saved; of the others nothing is left, and the record does without."""
-        names = {}
-        for matrix, spectrum in measurement.spectra.items():
-            mode = record.settings.get("mode", "frozen")  # monitors of two modes may share the directory
-            part = matrix if mode == "frozen" else f"{matrix}_{mode}"
-            part = part if self.name is None else f"{self.name}_{part}"
-            name = f"spectra/{part}_task{record.task:04d}_{record.phase}.npz"
-            with self._guarded(trainer, "write its record"):
-                (directory / name).parent.mkdir(parents=True, exist_ok=True)
-                try:
-                    spectrum.save(directory / name)
-                except BaseException:
-                    (directory / name).unlink(missing_ok=True)
-                    raise
-                names[matrix] = name
-        return names
-
-    def _log(self, logger: Any, record: TaskRecord, measurement: Measurement, images: Mapping[str, Any]) -> None:
-        scalars: dict[str, float] = {"plasticity/task": float(record.task)}
-        # An exact spectrum has intervals too, of rounding, at some tasks only: for the record, not for curves.
-        spectra = measurement.spectra.items()
-        estimated = tuple(self.named(f"plasticity/{matrix}/") for matrix, spectrum in spectra if not spectrum.exact)
-        for key, estimate in record.values.items():
-            tag = _phased(key, record.phase)
-            scalars[tag] = estimate.value
-            if not estimate.exact and key.startswith(estimated):
-                scalars |= {f"{tag}_lower": estimate.lower, f"{tag}_upper": estimate.upper}
-        log_scalars(logger, scalars, record.step)
-        for key, (values, counts) in measurement.histograms.items():
-            log_histogram(logger, _phased(self.named(key), record.phase), values, counts, record.step)
-        for key, pixels in images.items():
-            log_image(logger, key, pixels, record.step)
 
     def _announce_start(self, trainer: Trainer, pl_module: LightningModule, task: int, phase: Phase) -> None:
         what = f"{type(self).__name__}: measuring at the {phase} of task {task},"
@@ -431,21 +373,6 @@ def _moved(batch: Any, device: torch.device) -> Any:
         return move_data_to_device(batch, device)
     except ValueError:  # a frozen dataclass, which Lightning refuses
         return map_tensors(batch, lambda tensor: tensor.to(device))
-
-
-def _phased(key: str, phase: str) -> str:
-    """Keys of the start are plain; those of the end live in a group of their own."""
-    return key if phase == "start" else key.replace("plasticity/", "plasticity/end/", 1)
-
-
-def _reach_callback_metrics(pl_module: LightningModule, record: TaskRecord, sync: bool) -> None:
-    """Let EarlyStopping, ModelCheckpoint and tuners see the values of a task's start; ranks have the same."""
-    if getattr(pl_module.trainer, "barebones", False):
-        return  # nobody collects them there, and Lightning would warn of each
-    for key, estimate in record.values.items():
-        if estimate.resolved:
-            options: dict[str, Any] = {"on_step": False, "on_epoch": True, "logger": False, "batch_size": 1}
-            pl_module.log(key, estimate.value, sync_dist=sync, **options)
 
 
 def _announce(trainer: Trainer, seconds: float, what: str) -> None:

@@ -9,7 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_plasticity.callbacks.arguments import choice, function, whole_number
 from lightning_plasticity.callbacks.live import live_optimizers
-from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement, OnError, Phase, tell
+from lightning_plasticity.callbacks.measurement import Measurement
+from lightning_plasticity.callbacks.monitor import BoundaryMonitor, OnError, Phase, tell
 from lightning_plasticity.callbacks.processes import describe
 from lightning_plasticity.curvature import Measured, MeasurementError
 from lightning_plasticity.curvature.linearized.measure import measure_linearized

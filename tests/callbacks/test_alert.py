@@ -21,7 +21,8 @@ from lightning_plasticity import (
     TaskTracker,
     read_records,
 )
-from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement
+from lightning_plasticity.callbacks.measurement import Measurement
+from lightning_plasticity.callbacks.monitor import BoundaryMonitor
 from lightning_plasticity.callbacks.schedules import EveryNEpochs
 from lightning_plasticity.curvature import ggn_spectrum
 from lightning_plasticity.linalg import Estimate, srank

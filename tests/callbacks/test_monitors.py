@@ -27,7 +27,8 @@ from lightning_plasticity import (
     read_records,
 )
 from lightning_plasticity.callbacks.arguments import decimal
-from lightning_plasticity.callbacks.monitor import BoundaryMonitor, Measurement
+from lightning_plasticity.callbacks.measurement import Measurement
+from lightning_plasticity.callbacks.monitor import BoundaryMonitor
 from lightning_plasticity.callbacks.probe_data import _spread, probe_batches
 from lightning_plasticity.curvature import ggn_spectrum, hessian_spectrum, ntk_spectrum
 
