@@ -9,12 +9,13 @@ from lightning_plasticity.demo.network import Plain
 
 
 class MNISTNet(Plain):
-    """MLP 784-100-100-100-10 with ReLU and Adam; a large step size, under which it declines within thirty tasks."""
+    """MLP 784-width-width-width-10 with ReLU and Adam; a large step size, under which it declines within thirty tasks."""
 
-    def __init__(self, lr: float = 1e-2) -> None:
+    def __init__(self, lr: float = 1e-2, width: int = 100) -> None:
         super().__init__()
         self.lr = lr
-        self.net[0] = nn.Linear(784, 100)
+        hidden = [module for _ in range(2) for module in (nn.Linear(width, width), nn.ReLU())]
+        self.net = nn.Sequential(nn.Linear(784, width), nn.ReLU(), *hidden, nn.Linear(width, 10))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters(), lr=self.lr)
