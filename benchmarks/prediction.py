@@ -1,7 +1,7 @@
 """Which measures tell of the next task's learning, from a study's table: ``python -m benchmarks.prediction STUDY_DIR``.
 
 Give it runs that fall and runs that do not, e.g. ``--only plain,l2er,ln_l2``. Writes ``prediction.csv`` into the
-directory and prints the best by what they add to the last task's accuracy.
+directory and prints the measures, those first that follow a run best.
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from pathlib import Path
 
 from lightning_plasticity.study import read_table
 from lightning_plasticity.study.files import write_text
-from lightning_plasticity.study.prediction import prediction_table
+from lightning_plasticity.study.prediction import alarm, prediction_table
+from lightning_plasticity.study.prediction.alarm import FIRST_TASK
 
+FIXED = {"features/srank": 0.946, "online_accuracy": 0.87}
 SHOWN = ("pooled_1", "within_1", "partial_1", "pooled_2", "within_2", "partial_2", "detected", "lead", "false_alarms")
 
 
@@ -40,11 +42,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     writer.writeheader()
     writer.writerows(table)
     write_text(given.study / "prediction.csv", text.getvalue())
-    print(f"{table[0]['falling']} runs fall, {table[0]['steady']} do not; value [95 % bootstrap over runs]")
-    for row in sorted(table, key=lambda row: -abs(_number(row["partial_1"]))):
-        print(row["measure"])
-        for name in SHOWN:
-            print(f"  {name:13s} {row[name]:+.2f} [{row[f'{name}_lower']:+.2f}, {row[f'{name}_upper']:+.2f}]")
+    print(f"{table[0]['falling']} runs fall, {table[0]['steady']} do not; value [95 % bootstrap over runs]\n")
+    print(f"| measure | {' | '.join(SHOWN)} |\n{'|---' * (len(SHOWN) + 1)}|")
+    for row in sorted(table, key=lambda row: -abs(_number(row["within_1"]))):
+        cells = [_cell(*(float(row[f"{name}{end}"]) for end in ("", "_lower", "_upper"))) for name in SHOWN]
+        print(f"| {row['measure']} | {' | '.join(cells)} |")
+    print(
+        "\nThresholds that were set before, on other runs:\n\n| measure | share of its best | detected | lead | false |"
+    )
+    print("|---|---|---|---|---|")
+    for measure, share in FIXED.items():
+        found = alarm(rows, measure, given.outcome, threshold=share, resamples=given.resamples)
+        scores = [_cell(s.value, s.lower, s.upper) for s in (found.detected, found.lead, found.false_alarms)]
+        print(f"| {measure}, from task {FIRST_TASK} | {share} | {' | '.join(scores)} |")
+
+
+def _cell(value: float, lower: float, upper: float) -> str:
+    return "" if math.isnan(value) else f"{value:+.2f} [{lower:+.2f}, {upper:+.2f}]"
 
 
 def _number(value: float | str) -> float:

@@ -9,7 +9,7 @@ from lightning_plasticity.demo.network import Plain
 
 
 class MNISTNet(Plain):
-    """MLP 784-width-width-width-10 with ReLU and Adam; a large step size, under which it declines within thirty tasks."""
+    """MLP 784-width-width-width-10, ReLU, Adam; at this step size it declines within thirty tasks."""
 
     def __init__(self, lr: float = 1e-2, width: int = 100) -> None:
         super().__init__()

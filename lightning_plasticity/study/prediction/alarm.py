@@ -49,6 +49,7 @@ def alarm(
     *,
     drop: float = DROP,
     first_task: int = FIRST_TASK,
+    threshold: float | None = None,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Alarm:
@@ -65,6 +66,7 @@ def alarm(
         outcome: column.
         drop: of the outcome, relative to its best so far.
         first_task: index of the first task before which it may sound.
+        threshold: a share that was chosen elsewhere, of a measure that is large in health; None to choose as above.
         resamples: of the bootstrap over runs.
         seed: of the bootstrap.
     """
@@ -76,7 +78,9 @@ def alarm(
     chosen = []
     for left_out in np.unique(seeds):
         train = seeds != left_out
-        choice = _choose({up: table[train] for up, table in shares.items()}, falls[train])
+        choice: tuple[float, bool] | None = None if threshold is None else (threshold, True)
+        if choice is None:
+            choice = _choose({up: table[train] for up, table in shares.items()}, falls[train])
         if choice is None:
             continue
         chosen.append(choice)
