@@ -38,10 +38,10 @@ def generalized_advantages(
         >>> generalized_advantages(one, 0 * one, 0 * one, no, no, gamma=0.5, gae_lambda=1.0).squeeze(1)
         tensor([1.7500, 1.5000, 1.0000])
     """
-    errors = rewards + gamma * next_values * ~terminated - values
+    errors = rewards + next_values * ~terminated * gamma - values
     advantages = torch.empty_like(errors)
     following = torch.zeros_like(errors[0])
     for t in reversed(range(len(errors))):
-        following = errors[t] + gamma * gae_lambda * ~ended[t] * following
+        following = errors[t] + following * ~ended[t] * (gamma * gae_lambda)
         advantages[t] = following
     return advantages

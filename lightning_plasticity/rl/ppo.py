@@ -20,8 +20,14 @@ class GaussianActor(nn.Module):
 
     def __init__(self, num_observations: int, num_actions: int, hidden: Sequence[int], initial_std: float) -> None:
         super().__init__()
-        self.net = mlp(num_observations, hidden, num_actions, last_gain=0.01)
-        self.log_std = nn.Parameter(torch.full((num_actions,), math.log(initial_std)))
+        self.net = MLP(num_observations, hidden, num_actions, last_gain=0.01)
+        self.initial_std = initial_std
+        self.log_std = nn.Parameter(torch.empty(num_actions))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Begin with the same spread in all actions; the mean's network resets itself."""
+        nn.init.constant_(self.log_std, math.log(self.initial_std))
 
     def forward(self, observations: Tensor) -> Tensor:
         """(N, A) means of the actions."""
@@ -104,7 +110,7 @@ class PPO(LightningModule):
         self.clip, self.value_weight, self.entropy_weight = clip, value_weight, entropy_weight
         self.gamma, self.gae_lambda = gamma, gae_lambda
         self.actor = GaussianActor(num_observations, num_actions, hidden, initial_std)
-        self.critic = mlp(num_observations, hidden, 1, last_gain=1.0)
+        self.critic = MLP(num_observations, hidden, 1, last_gain=1.0)
         self.normalizer = RunningNormalizer(num_observations) if normalize_observations else None
 
     def forward(self, observations: Tensor) -> Tensor:
@@ -237,14 +243,21 @@ class RunningNormalizer(nn.Module):
         self.count.copy_(total)
 
 
-def mlp(num_inputs: int, hidden: Sequence[int], num_outputs: int, last_gain: float) -> nn.Sequential:
-    """ReLU network with orthogonal weights and zero biases."""
-    widths = [num_inputs, *hidden, num_outputs]
-    layers: list[Any] = []
-    for index, (wide, narrow) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-        last = index == len(hidden)
-        linear = nn.Linear(wide, narrow)
-        nn.init.orthogonal_(linear.weight, gain=last_gain if last else math.sqrt(2))
-        nn.init.zeros_(linear.bias)
-        layers += [linear] if last else [linear, nn.ReLU()]
-    return nn.Sequential(*layers)
+class MLP(nn.Sequential):
+    """ReLU network with orthogonal weights, of gain sqrt 2 in hidden layers, and zero biases."""
+
+    def __init__(self, num_inputs: int, hidden: Sequence[int], num_outputs: int, last_gain: float) -> None:
+        widths = [num_inputs, *hidden, num_outputs]
+        layers: list[nn.Module] = []
+        for wide, narrow in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(wide, narrow), nn.ReLU()]
+        super().__init__(*layers[:-1])
+        self.last_gain = last_gain
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the weights."""
+        linear = [layer for layer in self if isinstance(layer, nn.Linear)]
+        for layer in linear:
+            nn.init.orthogonal_(layer.weight, gain=self.last_gain if layer is linear[-1] else math.sqrt(2))
+            nn.init.zeros_(layer.bias)
