@@ -30,7 +30,10 @@ ROOT = Path(__file__).parents[1]
 STREAM = {"num_tasks": 5, "change_every": 51_200, "rollout_steps": 2048, "num_envs": 16, "num_minibatches": 16}
 MODULE = {"lr": 3e-4, "gae_lambda": 0.9, "initial_std": 0.4, "normalize_observations": True}
 CLIP_NORM = 0.5
-METHODS: dict[str, Any] = {"plain": None, "l2er": {"rank_strength": 1e-3, "rank_every_n_steps": 16, "l2_strength": 1e-3}}
+METHODS: dict[str, Any] = {
+    "plain": None,
+    "l2er": {"rank_strength": 1e-3, "rank_every_n_steps": 16, "l2_strength": 1e-3},
+}
 MEASURES = {
     "actor features": "features/effective_rank/actor.net.1",
     "critic features": "features/effective_rank/critic.1",
@@ -52,9 +55,7 @@ def train(method: str, seed: int, out: Path, **sizes: Any) -> dict[str, Any]:
     common: Any = {"quantities": ("ggn",), "probe_samples": 192, "when": "start", "save_dir": str(out)}
     common |= {"max_seconds": None, "max_memory": 2**30}
     monitors = [
-        HessianSpectrumMonitor(
-            name="actor", objective="actor", params="actor.*", loss_fn=policy_nll, **common
-        ),
+        HessianSpectrumMonitor(name="actor", objective="actor", params="actor.*", loss_fn=policy_nll, **common),
         HessianSpectrumMonitor(name="critic", objective="critic", params="critic.*", **common),
         FeatureRankMonitor(when="start", save_dir=str(out)),
     ]
@@ -112,7 +113,7 @@ class Still(Uniform):
 
 
 def untrained(policy: Any, seed: int) -> dict[str, Any]:
-    """Episodes of a policy that does not learn, in the same worlds; long enough for each ant to reach the time limit."""
+    """Episodes of a policy that does not learn, in the same worlds; each ant can reach the time limit."""
     stream = SlipperyAnt(**(STREAM | {"seed": seed, "num_envs": 4, "change_every": 4096}))
     stream.trainer = argparse.Namespace(lightning_module=policy)  # type: ignore[assignment]
     for _ in range(stream.num_tasks * stream.epochs_per_task):
@@ -149,8 +150,8 @@ def report(runs: list[dict[str, Any]]) -> str:
     methods = [name for name in ("uniform", "still", *METHODS) if any(run["method"] == name for run in runs)]
     seeds = sorted({run["seed"] for run in runs})
     lines = [
-        f"Seeds {', '.join(map(str, seeds))}; mean ± standard error over seeds. Second half of each friction's steps for",
-        "PPO; all episodes for the policies that do not learn.",
+        f"Seeds {', '.join(map(str, seeds))}; mean ± standard error over seeds. For PPO the episodes that end in the",
+        "second half of each friction's steps, for the policies that do not learn all episodes.",
         "",
         "| policy | return | of that forward | steps | return by task |",
         "|---|---|---|---|---|",
@@ -187,7 +188,12 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
     width = 10_240
     edges = np.arange(0, STREAM["num_tasks"] * STREAM["change_every"] + 1, width)
     for axes, column, title in zip(figure.subplots(1, 2), (2, 4), ("episode return", "of that forward"), strict=True):
-        for method, colour in (("uniform", "grey"), ("still", "tab:green"), ("plain", "tab:blue"), ("l2er", "tab:orange")):
+        for method, colour in (
+            ("uniform", "grey"),
+            ("still", "tab:green"),
+            ("plain", "tab:blue"),
+            ("l2er", "tab:orange"),
+        ):
             own = [np.array(run["episodes"]) for run in runs if run["method"] == method]
             if not own:
                 continue
@@ -234,8 +240,11 @@ def main(argv: list[str] | None = None) -> None:
         else:
             run = untrained(Uniform() if method == "uniform" else Still(), seed)
         runs.append(run)
-        print(f"{method}, seed {seed}: {len(run['episodes'])} episodes, return by task "
-              f"{[round(value, 1) for value in by_task(run, 2, method in METHODS)]}", flush=True)
+        print(
+            f"{method}, seed {seed}: {len(run['episodes'])} episodes, return by task "
+            f"{[round(value, 1) for value in by_task(run, 2, method in METHODS)]}",
+            flush=True,
+        )
         path.write_text(json.dumps({"settings": settings, "runs": runs}))
         (args.results / "slippery_ant.md").write_text(report(runs))
     draw(runs, args.image)

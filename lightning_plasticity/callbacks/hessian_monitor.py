@@ -154,7 +154,7 @@ class HessianSpectrumMonitor(BoundaryMonitor):
 
     def identity(self) -> dict[str, Any]:
         """Two monitors of different quantities keep their states apart."""
-        own = {} if self.objective == DEFAULT_OBJECTIVE else {"objective": self.objective}
+        own: dict[str, Any] = {} if self.objective == DEFAULT_OBJECTIVE else {"objective": self.objective}
         own |= {} if self.params is None else {"params": self.params}
         return {"quantities": self.quantities, "eps": self.eps, "mode": self.mode, **own}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ class PPO(LightningModule):
 
     def act(self, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Actions (N, A) for normalised observations and standard normal noise (N, A), with log probabilities (N,)."""
-        policy = self.actor.distribution(observations)
+        policy: Any = self.actor.distribution(observations)
         actions = policy.mean + policy.stddev * noise
         return actions, policy.log_prob(actions).sum(-1)
 
@@ -189,7 +190,7 @@ class PPO(LightningModule):
 
     def _policy(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Log of the probability ratio to the policy that acted, (N,), and the entropy, ()."""
-        policy = self.actor.distribution(batch["observations"])
+        policy: Any = self.actor.distribution(batch["observations"])
         log_probs = policy.log_prob(batch["actions"]).sum(-1)
         return log_probs - batch["log_probs"], policy.entropy().sum(-1).mean()
 
@@ -249,7 +250,7 @@ class MLP(nn.Sequential):
     def __init__(self, num_inputs: int, hidden: Sequence[int], num_outputs: int, last_gain: float) -> None:
         widths = [num_inputs, *hidden, num_outputs]
         layers: list[nn.Module] = []
-        for wide, narrow in zip(widths[:-1], widths[1:], strict=True):
+        for wide, narrow in pairwise(widths):
             layers += [nn.Linear(wide, narrow), nn.ReLU()]
         super().__init__(*layers[:-1])
         self.last_gain = last_gain

@@ -43,7 +43,7 @@ class SlipperyAnt(RolloutStream):
         >>> from lightning_plasticity.streams import SlipperyAnt
         >>> stream = SlipperyAnt(seed=0)
         >>> stream.epochs_per_task, [round(stream.friction_of(task), 3) for task in range(3)]
-        (977, [0.0, 0.0, 0.0])
+        (977, [0.376, 1.204, 0.029])
     """
 
     def __init__(

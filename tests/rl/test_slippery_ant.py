@@ -79,7 +79,8 @@ def test_a_rollout_is_what_its_own_samples_say() -> None:
     data, policy = stream(), ppo()
     first, _ = rollouts(data, policy, 2)
     assert {name: tuple(value.shape) for name, value in first.items()} == {
-        **{"observations": (64, 105), "actions": (64, 8)},
+        "observations": (64, 105),
+        "actions": (64, 8),
         **dict.fromkeys(("log_probs", "reward", "forward_reward", "returns", "advantages"), (64,)),
     }
     advantages = first["advantages"].double()
