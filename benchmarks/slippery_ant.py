@@ -204,7 +204,11 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
             middle = (edges[1:] + edges[:-1]) / 2
             for line in lines:
                 axes.plot(middle, line, color=colour, lw=0.6, alpha=0.5)
-            axes.plot(middle, np.nanmean(lines, axis=0), color=colour, lw=2, label=f"PPO {method}")
+            mean = [
+                fmean(found) if (found := [v for v in bin_ if not math.isnan(v)]) else math.nan
+                for bin_ in zip(*lines, strict=True)
+            ]
+            axes.plot(middle, mean, color=colour, lw=2, label=f"PPO {method}")
         for task in range(1, STREAM["num_tasks"]):
             axes.axvline(task * STREAM["change_every"], color="lightgrey", lw=1)
         axes.set(title=title, xlabel="environment steps")
