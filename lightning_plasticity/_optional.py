@@ -5,7 +5,12 @@ from __future__ import annotations
 from importlib import import_module
 from types import ModuleType
 
-EXTRAS = {"matplotlib": "matplotlib", "sklearn": "scikit-learn"}
+EXTRAS = {
+    "matplotlib": "matplotlib",
+    "sklearn": "scikit-learn",
+    "gymnasium": "'lightning-plasticity[rl]'",
+    "mujoco": "'lightning-plasticity[rl]'",
+}
 
 
 def require(module: str, purpose: str) -> ModuleType:

@@ -224,3 +224,23 @@ def test_prediction_of_a_study(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "3 runs fall, 3 do not" in capsys.readouterr().out
     lines = (tmp_path / "prediction.csv").read_text().splitlines()
     assert [line.split(",")[0] for line in lines] == ["measure", "online_accuracy", "x"]
+
+
+# Slippery Ant
+
+
+def test_slippery_ant_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gymnasium.envs.mujoco.ant_v5")
+    ant = module("slippery_ant")
+    monkeypatch.setitem(ant.STREAM, "num_tasks", 2)
+    monkeypatch.setitem(ant.STREAM, "num_envs", 2)
+    monkeypatch.setitem(ant.STREAM, "change_every", 256)
+    monkeypatch.setitem(ant.STREAM, "rollout_steps", 128)
+    monkeypatch.setitem(ant.STREAM, "num_minibatches", 2)
+    runs = [ant.train(name, 0, tmp_path, passes=1, max_episode_steps=40) for name in ant.METHODS]
+    for run in runs:
+        assert all(math.isfinite(value) for values in run["measures"].values() for value in values)
+        assert {row[0] for row in run["episodes"]} == {0, 1}
+    ant.draw(runs, tmp_path / "ant.png")
+    assert (tmp_path / "ant.png").stat().st_size > 1000
+    assert "| plain |" in ant.report(runs)

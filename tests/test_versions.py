@@ -20,7 +20,8 @@ def bounds() -> dict[str, str]:
     """Lower bounds of the dependencies and of the tests' own, from the file: an editable install may be an old one."""
     toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # pytest brings tomli
     project = toml.loads((OLDEST.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    requirements = [*project["dependencies"], *project["optional-dependencies"]["test"]]
+    extras = project["optional-dependencies"]
+    requirements = [*project["dependencies"], *extras["rl"], *extras["test"]]
     found = (re.match(r"([\w-]+)(?:\[\w+\])?>=([\w.]+)", requirement) for requirement in requirements)
     return {match[1].lower(): match[2] for match in found if match}
 

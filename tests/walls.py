@@ -20,6 +20,7 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("records", "metrics", "regularization", "interventions", "sparsity"),  # plain data; module and optimizer
     ("loggers",),  # knows about loggers
     ("callbacks",),  # knows the Trainer: when, not what
+    ("rl",),  # PPO and rollouts; knows the Trainer, no callbacks
     ("streams", "report"),
     ("demo", "study"),
     ("cli",),

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from torch.nn.parameter import is_lazy
 
-from lightning_plasticity.callbacks.arguments import choice, choices, decimal, function, numbers, whole_number
+from lightning_plasticity.callbacks.arguments import choice, choices, decimal, function, label, numbers, whole_number
 from lightning_plasticity.callbacks.kept_plans import KeptPlans
 from lightning_plasticity.callbacks.live import live_optimizers
 from lightning_plasticity.callbacks.measurement import Measurement
@@ -24,13 +24,14 @@ from lightning_plasticity.curvature.gram.measure import MAX_ROWS
 from lightning_plasticity.curvature.gram.plan import GramPlan, plan_gram
 from lightning_plasticity.curvature.hessian.measure import LANCZOS_STEPS
 from lightning_plasticity.curvature.hessian.plan import HessianPlan, plan_hessian
-from lightning_plasticity.curvature.loss.closure import LossFunction
+from lightning_plasticity.curvature.loss.closure import DEFAULT_OBJECTIVE, LossFunction, missing_objective
 from lightning_plasticity.curvature.measured import on_few
 from lightning_plasticity.curvature.samples import num_samples
 from lightning_plasticity.linalg import Estimate
 from lightning_plasticity.loggers import spectra_figure
 from lightning_plasticity.nn.undisturbed import MODES, Mode
 from lightning_plasticity.records import TaskRecord
+from lightning_plasticity.regularization.base import check_names
 
 Quantity = Literal["ggn", "hessian", "ntk"]
 QUANTITIES = ("ggn", "hessian", "ntk")
@@ -76,6 +77,9 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         data: what to measure on: a batch, dataset, loader, or callable ``(trainer, pl_module)``; None for the task's
             own training data.
         loss_fn: ``loss_fn(outputs, targets)`` for batches that are pairs.
+        objective: for a module with several losses, as an actor and a critic have: measure its method
+            ``<objective>_loss(batch)``, with ``<objective>_outputs(batch)``, instead of ``curvature_loss``.
+        params: names or wildcards of the parameters to measure in, such as ``"critic.*"``; None for all trainable ones.
         num_steps: Lanczos steps of the Hessian.
         max_rows: bound on the GGN's Gram matrix, samples times (classes - 1).
         max_seconds: wall time of one measurement, all quantities together; None for any. Where it is short, samples,
@@ -93,7 +97,8 @@ class HessianSpectrumMonitor(BoundaryMonitor):
             what the numbers would be without a past. Its layers are set by their ``reset_parameters``.
 
     Raises:
-        ValueError: for settings out of range, at construction.
+        ValueError: for settings out of range, at construction; for an objective or parameters that the module does not
+            have, when the fit starts.
 
     Example:
         >>> from lightning_plasticity import HessianSpectrumMonitor
@@ -114,6 +119,8 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         *,
         relative_eps: float | Sequence[float] = (1e-4, 1e-3, 1e-2),
         loss_fn: LossFunction | None = None,
+        objective: str | None = None,
+        params: str | list[str] | None = None,
         num_steps: int = LANCZOS_STEPS,
         max_rows: int = MAX_ROWS,
         max_seconds: float | None = MAX_SECONDS,
@@ -132,6 +139,11 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         choice("mode", mode, MODES)
         function("loss_fn", loss_fn)
         self.loss_fn = loss_fn
+        label("objective", objective)
+        self.objective = DEFAULT_OBJECTIVE if objective is None else objective
+        self.params = [params] if isinstance(params, str) else params
+        if self.params is not None and not self.params:
+            raise ValueError(f"params={params!r}, expected names or wildcards such as 'critic.*', or None for all.")
         self.num_steps = whole_number("num_steps", num_steps)
         self.max_rows = whole_number("max_rows", max_rows)
         self.budget = Budget(max_seconds, max_memory)
@@ -142,7 +154,15 @@ class HessianSpectrumMonitor(BoundaryMonitor):
 
     def identity(self) -> dict[str, Any]:
         """Two monitors of different quantities keep their states apart."""
-        return {"quantities": self.quantities, "eps": self.eps, "mode": self.mode}
+        own: dict[str, Any] = {} if self.objective == DEFAULT_OBJECTIVE else {"objective": self.objective}
+        own |= {} if self.params is None else {"params": self.params}
+        return {"quantities": self.quantities, "eps": self.eps, "mode": self.mode, **own}
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuse an objective or parameters that the module does not have."""
+        if self.objective != DEFAULT_OBJECTIVE and not hasattr(pl_module, f"{self.objective}_loss"):
+            raise ValueError(missing_objective(pl_module, self.objective))
+        check_names(pl_module, self.params)
 
     def state_dict(self) -> dict[str, Any]:
         """The records, and the spectra that the figure of all tasks shows."""
@@ -184,7 +204,14 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         for quantity in self.quantities:
             try:
                 measured = Measured(
-                    pl_module, batches, self.loss_fn, mode=self.mode, seed=self.seed, **live_optimizers(pl_module)
+                    pl_module,
+                    batches,
+                    self.loss_fn,
+                    self.params,
+                    self.mode,
+                    self.seed,
+                    objective=self.objective,
+                    **live_optimizers(pl_module),
                 )
                 spectrum = self._spectrum(trainer, measured, quantity, time.perf_counter() - started)
             except Exception as error:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_plasticity.curvature.errors import MeasurementError
-from lightning_plasticity.curvature.loss.closure import Evaluation, LossClosure, LossFunction
+from lightning_plasticity.curvature.loss.closure import DEFAULT_OBJECTIVE, Evaluation, LossClosure, LossFunction
 from lightning_plasticity.curvature.loss.output_loss import OutputLoss
 from lightning_plasticity.curvature.samples import first_samples
 from lightning_plasticity.nn import Mode, undisturbed
@@ -37,6 +37,7 @@ class Measured:
         seed: of the random state during the measurement, and of the probes.
         optimizers: live optimizers of a manually optimised module.
         schedulers: their schedulers.
+        objective: which of the module's own losses, see ``LossClosure``.
     """
 
     module: nn.Module
@@ -47,6 +48,7 @@ class Measured:
     seed: int = 0
     optimizers: Sequence[Any] = ()
     schedulers: Sequence[Any] = ()
+    objective: str = DEFAULT_OBJECTIVE
 
     def parameters(self) -> list[nn.Parameter]:
         """The parameters that count, each once.
@@ -96,7 +98,7 @@ class Measured:
             schedulers=self.schedulers,
         )
         with context as collected:
-            yield LossClosure(self.module, self.loss_fn, collected)
+            yield LossClosure(self.module, self.loss_fn, collected, self.objective)
 
 
 def require_outputs(evaluation: Evaluation) -> OutputLoss:

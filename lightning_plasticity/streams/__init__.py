@@ -14,6 +14,7 @@ from lightning_plasticity.streams.dataset_stream import DatasetStream, LoaderStr
 from lightning_plasticity.streams.digits import PermutedDigits, PermutedLabelDigits, RandomLabelDigits
 from lightning_plasticity.streams.imagenet import ContinualImageNet
 from lightning_plasticity.streams.mnist import PermutedFashionMNIST, PermutedMNIST, RandomLabelMNIST
+from lightning_plasticity.streams.slippery_ant import SlipperyAnt
 
 __all__ = [
     "ContinualImageNet",
@@ -31,6 +32,7 @@ __all__ = [
     "RandomLabelDigits",
     "RandomLabelMNIST",
     "RandomLabels",
+    "SlipperyAnt",
     "SplitClasses",
     "TaskStream",
 ]

@@ -18,6 +18,7 @@ from lightning_plasticity.nn.precision import match_precision
 from lightning_plasticity.nn.raw_backward import noting_backward
 
 LossFunction = Callable[[Any, Any], Tensor]
+DEFAULT_OBJECTIVE = "curvature"
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,20 @@ class LossClosure:
         module: any module.
         loss_fn: ``loss_fn(outputs, targets) -> scalar mean loss``.
         collected: the list that ``undisturbed`` yields, where a manually optimised step leaves its losses.
+        objective: which of the module's losses, for one that has several: ``<objective>_loss(batch)`` and
+            ``<objective>_outputs(batch)`` take the place of ``curvature_loss`` and ``curvature_outputs``.
     """
 
     def __init__(
-        self, module: nn.Module, loss_fn: LossFunction | None = None, collected: list[Tensor] | None = None
+        self,
+        module: nn.Module,
+        loss_fn: LossFunction | None = None,
+        collected: list[Tensor] | None = None,
+        objective: str = DEFAULT_OBJECTIVE,
     ) -> None:
         self.module = module
         self.loss_fn = loss_fn
+        self.objective = objective
         self._collected = [] if collected is None else collected
         self._raw: list[Tensor] = []  # what the step called backward on
         self._outputs: Any = None
@@ -72,7 +80,7 @@ class LossClosure:
             loss = self._loss(batch, index)
         _check_loss(loss, watcher.calls)
         output_loss, note = explain(loss, watcher.calls)
-        if hasattr(self.module, "curvature_outputs"):
+        if hasattr(self.module, f"{self.objective}_outputs"):
             output_loss, note = self._named_outputs(batch, watcher)
         elif note and (plain := self._plain_outputs(batch)) is not None:
             output_loss, note = plain, ""
@@ -121,9 +129,12 @@ class LossClosure:
         self._outputs = None
         self._collected.clear()
         self._raw.clear()
-        own_loss: Any = getattr(self.module, "curvature_loss", None)
+        name = f"{self.objective}_loss"
+        own_loss: Any = getattr(self.module, name, None)
         if own_loss is not None:
-            return own_loss(batch), "curvature_loss"
+            return own_loss(batch), name
+        if self.objective != DEFAULT_OBJECTIVE:
+            raise MeasurementError(missing_objective(self.module, self.objective))
         if self.loss_fn is not None:
             inputs, targets = as_pair(batch)
             self._outputs = call_model(self.module, inputs)
@@ -144,15 +155,24 @@ class LossClosure:
         return OutputLoss(self.loss_fn, self._outputs, as_pair(batch)[1])
 
     def _named_outputs(self, batch: Any, watcher: LossWatcher) -> tuple[OutputLoss | None, str]:
-        outputs, targets = self.module.curvature_outputs(batch)  # type: ignore[operator]
+        name = f"{self.objective}_outputs"
+        outputs, targets = getattr(self.module, name)(batch)
         if self.loss_fn is not None:
             return OutputLoss(self.loss_fn, outputs, targets), ""
         functions = {call.loss.function: call.loss for call in watcher.calls}
         if len(functions) != 1:
             found = ", ".join(loss.name for loss in functions.values()) or "none"
-            return None, f"curvature_outputs names the outputs but not the loss (found: {found}); pass loss_fn too."
+            return None, f"{name} names the outputs but not the loss (found: {found}); pass loss_fn too."
         known = next(iter(functions.values()))
         return OutputLoss(known.function, outputs, targets, known.options), ""
+
+
+def missing_objective(module: nn.Module, objective: str) -> str:
+    """What to say of a module without such a loss."""
+    return (
+        f"objective={objective!r} needs a method {objective}_loss(batch) on {type(module).__name__}, which has none; "
+        f"define it, and {objective}_outputs(batch) -> (outputs, targets) for the GGN and the NTK."
+    )
 
 
 def as_pair(batch: Any) -> tuple[Any, Any]:
