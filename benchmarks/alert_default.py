@@ -39,7 +39,9 @@ def joined(studies: Sequence[Path]) -> list[dict[str, Any]]:
     """All runs; a study takes the place of a seed, so that leaving seeds out leaves studies out."""
     rows: list[dict[str, Any]] = []
     for k, study in enumerate(studies):
-        rows += [{**row, "method": f"{study.name} {row['method']} {row['seed']}", "seed": k} for row in read_table(study)]
+        rows += [
+            {**row, "method": f"{study.name} {row['method']} {row['seed']}", "seed": k} for row in read_table(study)
+        ]
     return rows
 
 

@@ -148,3 +148,10 @@ def plain_study(**changes: Any) -> dict[str, Any]:
             },
         },
     } | changes
+
+
+class OtherOptimizer(Net):
+    """What a study's ``optimizer`` does, by hand."""
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.RMSprop(self.parameters(), lr=0.02)

@@ -9,7 +9,6 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import jsonargparse
@@ -126,16 +125,9 @@ class Maker:
             raise StudyError(f"{self.where}: {self.entry['class_path']}: {text}") from error
 
 
-class OwnOptimizer:
-    """Stands in for a module's ``configure_optimizers``."""
-
-    def __init__(self, module: Any, optimizer: Callable[..., Any], arguments: dict[str, Any]) -> None:
-        self.module = module
-        self.optimizer = partial(optimizer, **arguments)
-
-    def __call__(self) -> Any:
-        """A new optimizer of the module's parameters."""
-        return self.optimizer(self.module.parameters())
+def own_optimizer(module: Any, optimizer: Callable[..., Any], arguments: dict[str, Any]) -> Any:
+    """Stands in, as a ``partial``, for a module's ``configure_optimizers``: Lightning looks for a function in it."""
+    return optimizer(module.parameters(), **arguments)
 
 
 def makers(settings: Settings, where: str) -> dict[str, list[Maker]]:

@@ -14,6 +14,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from multiprocessing import current_process
 from pathlib import Path
@@ -25,7 +26,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer, seed_everythin
 
 from lightning_plasticity.callbacks import EveryFit, EveryNEpochs, Regularization, TaskTracker
 from lightning_plasticity.study.boundary import BoundaryCheckpoint, random_states, set_random_states
-from lightning_plasticity.study.build import OwnOptimizer, importable, makers
+from lightning_plasticity.study.build import importable, makers, own_optimizer
 from lightning_plasticity.study.config import Settings, StudyError, Unit
 from lightning_plasticity.study.files import locked, read_json, write_atomically, write_json, write_text
 from lightning_plasticity.study.measure import Row, TaskRows, every_n_tasks, measured, monitor_makers
@@ -115,7 +116,7 @@ def assemble(unit: Unit, directory: Path) -> Parts:
         changed = transform(module)
         module = module if changed is None else changed
     for optimizer in made["optimizer"]:
-        module.configure_optimizers = OwnOptimizer(module, optimizer.target, optimizer.arguments())
+        module.configure_optimizers = partial(own_optimizer, module, optimizer.target, optimizer.arguments())
     stream = made["stream"][0](seed=unit.seed)
     check_stream(stream, settings)
     schedule = EveryFit() if settings["fits"] == "per_task" else EveryNEpochs(stream.epochs_per_task)

@@ -393,3 +393,13 @@ def test_the_ready_made_study_can_be_run() -> None:
     from lightning_plasticity.study.run import check
 
     check(load_study(Path(HERE).parent / "examples" / "study_digits.yaml"))
+
+
+@pytest.mark.parametrize("fits", ["per_task", "one"])
+def test_an_optimizer_in_place_of_the_modules_own(fits: str, tmp_path: Path) -> None:
+    rms = {"class_path": "torch.optim.RMSprop", "init_args": {"lr": 0.02}}
+    methods = {"plain": None, "by_hand": {"module": "study_cases.OtherOptimizer"}, "given": {"optimizer": rms}}
+    outcome, text = run(tmp_path, plain_study(fits=fits, seeds=[0], methods=methods))
+    assert outcome.failures == {}, text
+    found = {name.split("/")[1]: value for name, value in weights(tmp_path).items()}
+    assert found["given"] == found["by_hand"] != found["plain"]
