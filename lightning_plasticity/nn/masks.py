@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 
 class Mask(nn.Module):
@@ -96,3 +96,16 @@ def plain_names(module: nn.Module) -> dict[nn.Parameter, str]:
         plain = name.removesuffix("_orig") if name in masks else name
         names[parameter] = re.sub(r"(^|\.)parametrizations\.([^.]+)\.original$", r"\1\2", plain)
     return names
+
+
+def with_plain_weights(module: nn.Module) -> nn.Module:
+    """The same module, changed in place: masked weights are parameters with zeros where the masks were."""
+    for name in find_masks(module):
+        owner, _, role = name.rpartition(".")
+        if role == "original":
+            owner, _, role = owner.rpartition(".")
+            layer = module.get_submodule(owner.rpartition("parametrizations")[0].removesuffix("."))
+            parametrize.remove_parametrizations(layer, role)
+        else:
+            prune.remove(module.get_submodule(owner), role.removesuffix("_orig"))
+    return module
