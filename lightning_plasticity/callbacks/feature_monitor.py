@@ -27,6 +27,7 @@ from lightning_plasticity.linalg.feature_matrix import FeatureLayout
 from lightning_plasticity.linalg.functionals import count_above
 from lightning_plasticity.metrics import DormantUnitRatio, SingularValues
 from lightning_plasticity.nn import FeatureTaps, HiddenLayer, find_hidden_layers, named_layers, undisturbed
+from lightning_plasticity.nn.masks import active_entries, plain_names
 from lightning_plasticity.nn.undisturbed import MODES, Mode
 
 PROBE_SAMPLES = 2048
@@ -217,10 +218,16 @@ class _LayerStatistics:
 
 
 def _weight_norms(module: torch.nn.Module) -> dict[str, Estimate]:
-    """2-norm of every weight (matrices and kernels), and of all of them together; NaN where a weight holds NaN."""
+    """2-norm of every weight (matrices and kernels), and of all of them together; NaN where a weight holds NaN.
+
+    What is kept of a weight under its mask does not count.
+    """
+    active = active_entries(module)
     norms = {
-        name.removesuffix(".weight"): float(parameter.detach().double().norm())
-        for name, parameter in module.named_parameters()
+        re.sub(r"(^|\.)parametrizations\.", r"\1", name).removesuffix(".weight"): float(
+            (parameter.detach()[active[parameter]] if parameter in active else parameter.detach()).double().norm()
+        )
+        for parameter, name in plain_names(module).items()
         if parameter.ndim >= 2
     }
     tags = _tags(norms)

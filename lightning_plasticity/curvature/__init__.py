@@ -7,6 +7,7 @@ from lightning_plasticity.curvature.hessian.eigenpairs import Eigenpairs, hessia
 from lightning_plasticity.curvature.hessian.measure import measure_hessian
 from lightning_plasticity.curvature.hessian.operator import HessianOperator
 from lightning_plasticity.curvature.kronecker.block import KroneckerBlock
+from lightning_plasticity.curvature.kronecker.masked_block import MaskedBlock
 from lightning_plasticity.curvature.kronecker.result import KroneckerError, KroneckerSpectrum
 from lightning_plasticity.curvature.kronecker.spectrum import kronecker_spectrum
 from lightning_plasticity.curvature.layer_spectra import layer_spectra
@@ -26,6 +27,7 @@ __all__ = [
     "KroneckerSpectrum",
     "LinearizedPrediction",
     "LossClosure",
+    "MaskedBlock",
     "Measured",
     "MeasurementError",
     "OutputLoss",

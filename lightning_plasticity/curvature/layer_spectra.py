@@ -17,6 +17,7 @@ from lightning_plasticity.curvature.loss.closure import LossFunction
 from lightning_plasticity.curvature.measured import Measured
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.nn import Mode
+from lightning_plasticity.nn.masks import active_entries, plain_names
 
 MATRICES = ("ggn", "ntk", "hessian")
 
@@ -50,7 +51,8 @@ def layer_spectra(
 
     Returns:
         Spectra in the order of the layers, by the name of the module that owns the parameters ("" for the model
-        itself). A parameter that several modules own counts once, for the first of them in ``named_modules`` order.
+        itself). A parameter that several modules own counts once, for the first of them in ``named_modules`` order. A
+        masked layer's spectrum is over its active coordinates; without any the layer is left out.
         GGN and NTK are exact; the Hessian is as ``hessian_spectrum`` with ``method="auto"`` measures it.
 
     Raises:
@@ -89,10 +91,11 @@ def _layers(measured: Measured) -> dict[str, list[nn.Parameter]]:
     """The parameters that count, by the first module that owns them."""
     chosen = set(measured.parameters())
     layers: dict[str, list[nn.Parameter]] = {}
-    for name, parameter in measured.module.named_parameters():
+    for parameter, name in plain_names(measured.module).items():
         if parameter in chosen:
             layers.setdefault(name.rpartition(".")[0], []).append(parameter)
-    return layers
+    masks = active_entries(measured.module)
+    return {name: own for name, own in layers.items() if not all(p in masks and not masks[p].any() for p in own)}
 
 
 def _literal(name: str) -> str:

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from lightning_plasticity.nn.masks import parameter_of
+
 
 @dataclass
 class LayerCall:
@@ -91,9 +93,12 @@ def lookup_patches(module: nn.Embedding, x: Tensor) -> Tensor:
 
 
 def patches_of(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
-    """The patch function of a layer that has a shortcut and parameters of its own, else None."""
-    own = module._parameters
-    if own.get("weight") is None:
+    """The patch function of a layer that has a shortcut and parameters of its own, else None; masked ones are among them.
+
+    Masked norms and embeddings have none.
+    """
+    weight, mask = parameter_of(module, "weight")
+    if weight is None or (mask is not None and not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)):
         return None
     if isinstance(module, nn.Linear):
         return linear_patches

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -18,6 +18,7 @@ from lightning_plasticity.curvature.loss.output_loss import OutputLoss
 from lightning_plasticity.curvature.samples import first_samples
 from lightning_plasticity.nn import Mode, undisturbed
 from lightning_plasticity.nn.batches import batch_size
+from lightning_plasticity.nn.masks import active_entries, plain_names
 
 Result = TypeVar("Result")
 # Rounding of one eigenvalue relative to the largest, by the dtype of the products.
@@ -51,13 +52,18 @@ class Measured:
     objective: str = DEFAULT_OBJECTIVE
 
     def parameters(self) -> list[nn.Parameter]:
-        """The parameters that count, each once.
+        """The parameters that count, each once; masked weights answer to their plain names (``net.0.weight``) too.
 
         Raises:
             MeasurementError: when there is none.
             ValueError: when a pattern matches none.
         """
-        named = [(name, p) for name, p in self.module.named_parameters() if p.requires_grad and p.is_floating_point()]
+        plain = plain_names(self.module)
+        named = [
+            ((name, plain[p]), p)
+            for name, p in self.module.named_parameters()
+            if p.requires_grad and p.is_floating_point()
+        ]
         if not named:
             raise MeasurementError(
                 f"{type(self.module).__name__} has no trainable parameter; curvature needs at least one with "
@@ -66,12 +72,32 @@ class Measured:
         if self.params is None:
             return [parameter for _, parameter in named]
         patterns = [self.params] if isinstance(self.params, str) else list(self.params)
-        unknown = [pattern for pattern in patterns if not any(fnmatchcase(name, pattern) for name, _ in named)]
+        unknown = [pattern for pattern in patterns if not any(_matches(names, [pattern]) for names, _ in named)]
         if unknown or not patterns:
             raise ValueError(
-                f"params={unknown} match nothing; those that exist: {', '.join(name for name, _ in named)}."
+                f"params={unknown} match nothing; those that exist: {', '.join(name for (_, name), _ in named)}."
             )
-        return [p for name, p in named if any(fnmatchcase(name, pattern) for pattern in patterns)]
+        return [p for names, p in named if _matches(names, patterns)]
+
+    def active(self, parameters: Sequence[nn.Parameter]) -> Tensor | None:
+        """(P,) bool, the coordinates that no mask switches off; None where none of the parameters has a mask.
+
+        Raises:
+            MeasurementError: when masks leave nothing.
+        """
+        masks = active_entries(self.module)
+        if not any(parameter in masks for parameter in parameters):
+            return None
+        parts = [
+            masks[p].flatten() if p in masks else torch.ones(p.numel(), dtype=torch.bool, device=p.device)
+            for p in parameters
+        ]
+        active = torch.cat(parts)
+        if not bool(active.any()):
+            raise MeasurementError(
+                f"All {len(active)} coordinates are masked: there is no active weight to measure. Choose other params."
+            )
+        return active
 
     def with_batches(self, batches: Sequence[Any]) -> Measured:
         """The same on other data."""
@@ -99,6 +125,22 @@ class Measured:
         )
         with context as collected:
             yield LossClosure(self.module, self.loss_fn, collected, self.objective)
+
+
+def _matches(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names for pattern in patterns)
+
+
+def num_active(parameters: Collection[nn.Parameter], active: Tensor | None) -> int:
+    """k, the coordinates of a curvature matrix: active entries where there are masks, else all P."""
+    if active is None:
+        return sum(parameter.numel() for parameter in parameters)
+    return int(torch.count_nonzero(active))
+
+
+def about_masks(active: Tensor | None) -> dict[str, int]:
+    """What a record says of masks: how many coordinates they switch off; nothing where there are none."""
+    return {} if active is None else {"masked_params": len(active) - int(torch.count_nonzero(active))}
 
 
 def require_outputs(evaluation: Evaluation) -> OutputLoss:

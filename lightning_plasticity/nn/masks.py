@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 
 class Mask(nn.Module):
@@ -50,3 +52,60 @@ def find_masks(module: nn.Module) -> dict[str, Tensor]:
             if name.endswith("_orig") and mask is not None:
                 masks[f"{dot}{name}"] = mask.bool()
     return masks
+
+
+def parameter_of(module: nn.Module, role: str) -> tuple[nn.Parameter | None, Tensor | None]:
+    """The parameter that a layer's ``weight`` or ``bias`` (the role) comes from, and its mask.
+
+    Returns:
+        The parameter and its bool mask; no mask where there is none, and no parameter where the layer has none or
+        makes the tensor in a further way.
+    """
+    own = module._parameters.get(role)
+    if own is not None:
+        return own, None
+    if parametrize.is_parametrized(module, role):
+        chain: nn.ModuleList = module.parametrizations[role]  # type: ignore[index,assignment]
+        if len(chain) == 1 and isinstance(chain[0], Mask):
+            return chain.original, chain[0].mask  # type: ignore[return-value]
+    own, mask = module._parameters.get(f"{role}_orig"), module._buffers.get(f"{role}_mask")
+    return (own, mask.bool()) if own is not None and mask is not None else (None, None)
+
+
+def active_entries(module: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """Active entries by parameter: those that any of its owners uses; parameters that one uses whole are left out."""
+    masks = find_masks(module)
+    uses: dict[nn.Parameter, list[str]] = {}
+    for prefix, child in module.named_modules():
+        for name, parameter in child.named_parameters(prefix, recurse=False):
+            uses.setdefault(parameter, []).append(name)
+    active = {}
+    for parameter, names in uses.items():
+        if all(name in masks for name in names):
+            active[parameter] = masks[names[0]]
+            for name in names[1:]:
+                active[parameter] = active[parameter] | masks[name]
+    return active
+
+
+def plain_names(module: nn.Module) -> dict[nn.Parameter, str]:
+    """Names of all parameters, those of masked and parametrized weights as they were before: ``net.0.weight``."""
+    masks = find_masks(module)
+    names = {}
+    for name, parameter in module.named_parameters():
+        plain = name.removesuffix("_orig") if name in masks else name
+        names[parameter] = re.sub(r"(^|\.)parametrizations\.([^.]+)\.original$", r"\1\2", plain)
+    return names
+
+
+def with_plain_weights(module: nn.Module) -> nn.Module:
+    """The same module, changed in place: masked weights are parameters with zeros where the masks were."""
+    for name in find_masks(module):
+        owner, _, role = name.rpartition(".")
+        if role == "original":
+            owner, _, role = owner.rpartition(".")
+            layer = module.get_submodule(owner.rpartition("parametrizations")[0].removesuffix("."))
+            parametrize.remove_parametrizations(layer, role)
+        else:
+            prune.remove(module.get_submodule(owner), role.removesuffix("_orig"))
+    return module

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_plasticity.curvature.budget import Budget, ended_early
 from lightning_plasticity.curvature.gram.jacobian import DualOperator, OutputJacobian, PrimalOperator
@@ -27,7 +27,15 @@ from lightning_plasticity.curvature.gram.measure import (
 )
 from lightning_plasticity.curvature.gram.plan import GramPlan, plan_gram
 from lightning_plasticity.curvature.hessian.costs import LEAST_STEPS
-from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite, require_outputs
+from lightning_plasticity.curvature.measured import (
+    RESOLUTION,
+    Measured,
+    about_masks,
+    dtype_name,
+    finite,
+    num_active,
+    require_outputs,
+)
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.linalg import LanczosQuadrature, stochastic_lanczos_quadrature
 
@@ -76,7 +84,8 @@ def estimate_gram(measured: Measured, matrix: Matrix, plan: GramPlan, budget: Bu
     """A quadrature on all samples."""
     started = time.perf_counter()
     parameters = measured.parameters()
-    num_params = sum(parameter.numel() for parameter in parameters)
+    active = measured.active(parameters)
+    num_params = num_active(parameters, active)
     deadline = started + PATIENCE * budget.seconds
 
     def stop(done: int) -> bool:
@@ -88,14 +97,14 @@ def estimate_gram(measured: Measured, matrix: Matrix, plan: GramPlan, budget: Bu
     if plan.num_rows <= min(plan.dense_rows, num_params) and plan.rows_each <= DENSE_COLUMNS:
         found = _on_the_gram_matrix(measured, matrix, parameters, plan.num_steps, stop)
     if found is None:
-        found = _matrix_free(measured, matrix, parameters, plan.num_steps, stop)
+        found = _matrix_free(measured, matrix, parameters, active, plan.num_steps, stop)
     settings: dict[str, Any] = {
         "dtype": dtype_name(found.dtype),
         "mode": measured.mode,
         "rows": found.num_samples * plan.rows_each,
         "route": found.route,
         "num_steps": len(found.quadrature.alpha),
-    }
+    } | about_masks(active)
     if len(found.quadrature.alpha) < plan.num_steps and not found.quadrature.breakdown:
         settings["budget"] = ended_early("the clock", len(found.quadrature.alpha), plan.num_steps, plan.why)
     if found.note:
@@ -150,7 +159,12 @@ def _on_the_gram_matrix(
 
 
 def _matrix_free(
-    measured: Measured, matrix: Matrix, parameters: Sequence[nn.Parameter], num_steps: int, stop: Stop
+    measured: Measured,
+    matrix: Matrix,
+    parameters: Sequence[nn.Parameter],
+    active: Tensor | None,
+    num_steps: int,
+    stop: Stop,
 ) -> _Found:
     """Lanczos by products with the network's Jacobian, in the smaller of both spaces."""
     with measured.open() as closure:
@@ -159,8 +173,8 @@ def _matrix_free(
         roots = scaled_roots(losses, matrix)
         jacobian = OutputJacobian([loss.outputs for loss in losses], parameters)
         operator: DualOperator | PrimalOperator = DualOperator(jacobian, roots)
-        if operator.dim > jacobian.num_params:
-            operator = PrimalOperator(jacobian, roots)
+        if operator.dim > num_active(parameters, active):
+            operator = PrimalOperator(jacobian, roots, active)
         quadrature = stochastic_lanczos_quadrature(
             operator.matvec,
             operator.dim,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_plasticity.curvature.layers import LayerCall, lookup_patches, norm_patches, patches_of
+from lightning_plasticity.nn.masks import parameter_of
 
 Kind = Literal["dense", "diagonal", "lookup"]
 Key = tuple[nn.Parameter, ...]
@@ -32,6 +33,7 @@ class Factors:
             that k = O and rows are (O,); ``"lookup"``, a table whose rows the inputs name: k = 1, rows are (table, O).
         weight: the weight, or None when it is frozen or counted elsewhere.
         bias: the bias, or None.
+        mask: (groups, O, k) bool, the active entries of a dense weight; None where all are.
     """
 
     inputs: Tensor
@@ -39,6 +41,7 @@ class Factors:
     kind: Kind
     weight: nn.Parameter | None = None
     bias: nn.Parameter | None = None
+    mask: Tensor | None = None
 
     def absolute(self) -> Factors:
         """The same with the absolute values of all terms."""
@@ -66,7 +69,9 @@ def shares_by_parameter(
     uses: dict[nn.Parameter, list[tuple[int, str]]] = {}
     for index, call in enumerate(calls):
         for role in ("weight", "bias"):
-            parameter = call.module._parameters.get(role)
+            parameter, mask = parameter_of(call.module, role)
+            if role == "bias" and mask is not None:
+                continue  # it goes the general way
             if parameter is not None and parameter in trainable:
                 uses.setdefault(parameter, []).append((index, role))
     together: dict[tuple[int, ...], dict[str, nn.Parameter]] = {}
@@ -89,7 +94,16 @@ def _share(cuts: Sequence[Factors], own: Mapping[str, nn.Parameter]) -> Share:
     if len(kinds) > 1 and ("diagonal" in kinds or "bias" in own):
         return ()
     weight, bias = own.get("weight"), own.get("bias")
-    return tuple(replace(_side_by_side(kinds[kind]), weight=weight, bias=bias) for kind in sorted(kinds))
+    if weight is not None and not all(_same_mask(cut.mask, cuts[0].mask) for cut in cuts):
+        return ()
+    mask = cuts[0].mask if weight is not None else None
+    return tuple(replace(_side_by_side(kinds[kind]), weight=weight, bias=bias, mask=mask) for kind in sorted(kinds))
+
+
+def _same_mask(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
 
 
 def _shape(cut: Factors) -> tuple[int, ...]:
@@ -124,7 +138,13 @@ def _cut(call: LayerCall, gradients: Tensor) -> Factors:
     if isinstance(module, nn.Embedding) and module.padding_idx is not None:
         grouped = grouped * (inputs != module.padding_idx)[:, None]
     kinds: dict[Any, Kind] = {norm_patches: "diagonal", lookup_patches: "lookup"}
-    return Factors(inputs, grouped, kinds.get(patches, "dense"))
+    return Factors(inputs, grouped, kinds.get(patches, "dense"), mask=_mask(call.module, groups, size))
+
+
+def _mask(module: nn.Module, groups: int, size: int) -> Tensor | None:
+    """(groups, O, k); None where every entry is active, which costs what it does without a mask."""
+    mask = parameter_of(module, "weight")[1]
+    return None if mask is None or bool(mask.all()) else mask.reshape(groups, size, -1)
 
 
 def concatenate(parts: Sequence[Share]) -> Share:
@@ -179,7 +199,8 @@ def _contract(part: Factors, mix: Tensor) -> list[Tensor]:
     out = []
     if part.weight is not None:
         pattern = "gnol,gnol->go" if part.kind == "diagonal" else "gnol,gnkl->gok"
-        out.append(torch.einsum(pattern, g, part.inputs).reshape(part.weight.shape))
+        rows = torch.einsum(pattern, g, part.inputs)
+        out.append((rows if part.mask is None else rows * part.mask).reshape(part.weight.shape))
     if part.bias is not None:
         out.append(g.sum(dim=(1, 3)).reshape(part.bias.shape))
     return out

@@ -88,14 +88,24 @@ class PrimalOperator:
     Args:
         jacobian: J.
         roots: S of each batch.
+        active: (P,) bool, the k coordinates to which the matrix is restricted; None for all.
     """
 
-    def __init__(self, jacobian: OutputJacobian, roots: Sequence[OutputRoot]) -> None:
+    def __init__(
+        self, jacobian: OutputJacobian, roots: Sequence[OutputRoot], active: Tensor | None = None
+    ) -> None:
         self._jacobian, self._roots = jacobian, list(roots)
-        self.dim = jacobian.num_params
+        self._places = None if active is None else active.nonzero()[:, 0]
+        self.dim = jacobian.num_params if self._places is None else len(self._places)
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """(P,) -> (P,)."""
+        """(k,) -> (k,), with k = P where all coordinates are active."""
+        if self._places is None:
+            return self._product(vector)
+        whole = vector.new_zeros(self._jacobian.num_params).index_copy_(0, self._places, vector)
+        return self._product(whole)[self._places]
+
+    def _product(self, vector: Tensor) -> Tensor:
         parameters = self._jacobian.parameters
         parts = torch.split(vector, [parameter.numel() for parameter in parameters])
         pushed = self._jacobian.push([part.view_as(p).to(p.dtype) for p, part in zip(parameters, parts, strict=True)])

@@ -26,8 +26,10 @@ from lightning_plasticity.curvature.gram.factors import (
     restricted,
     shares_by_parameter,
 )
-from lightning_plasticity.curvature.gram.shares import add_rows, add_share, mirror
+from lightning_plasticity.curvature.gram.rows import add_rows
+from lightning_plasticity.curvature.gram.shares import add_share, mirror
 from lightning_plasticity.curvature.layers import LayerCall, LayerTaps
+from lightning_plasticity.nn.masks import parameter_of
 
 VMAP_ROWS = 32  # gradient rows that one vectorised backward pass computes
 MAX_ROW_BYTES = 2**31  # explicit gradient rows held at once; more coordinates take more backward passes
@@ -156,7 +158,7 @@ def _usable(taps: LayerTaps, trainable: set[Tensor], batch_size: int) -> list[La
     """Calls on the whole batch of layers that own a parameter which counts."""
     usable = []
     for module, calls in taps.calls.items():
-        if any(parameter in trainable for parameter in module._parameters.values() if parameter is not None):
+        if any(parameter_of(module, role)[0] in trainable for role in ("weight", "bias")):
             usable += [call for call in calls if _is_whole(call, batch_size)]
     return usable
 

@@ -20,8 +20,17 @@ from lightning_plasticity.curvature.layers import LayerTaps
 from lightning_plasticity.curvature.loss.closure import LossClosure
 from lightning_plasticity.curvature.loss.output_loss import OutputLoss, batch_shares
 from lightning_plasticity.curvature.loss.output_root import DiagonalRoot, OutputRoot
-from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite, require_outputs
+from lightning_plasticity.curvature.measured import (
+    RESOLUTION,
+    Measured,
+    about_masks,
+    dtype_name,
+    finite,
+    num_active,
+    require_outputs,
+)
 from lightning_plasticity.curvature.spectrum import Spectrum
+from lightning_plasticity.nn.masks import plain_names
 
 MAX_ROWS = 1500  # rows of the Gram matrix that a default measurement allows: half a second to decompose
 
@@ -76,13 +85,14 @@ def exact_spectrum(
     matrix: Matrix,
     rows: Rows,
     gram: Gram,
-    parameters: Collection[nn.Parameter],
+    parameters: Sequence[nn.Parameter],
     started: float,
 ) -> Spectrum:
     """The eigenvalues of a Gram matrix, as those of the curvature matrix of its parameters."""
     finite(gram.matrix.diagonal())  # of a Gram matrix: a row that is not finite shows there
     values = torch.linalg.eigvalsh(gram.matrix) / (gram.num_samples if matrix == "ntk" else 1)
-    num_params = sum(parameter.numel() for parameter in parameters)
+    active = measured.active(parameters)
+    num_params = num_active(parameters, active)
     values = values.clamp_min(0.0)[-num_params:]
     top = float(values.max()) if len(values) else 0.0
     dtype = rows.dtype
@@ -91,7 +101,7 @@ def exact_spectrum(
         "mode": measured.mode,
         "rows": len(gram.matrix),
         "route": "eigenvalues of the Gram matrix",
-    }
+    } | about_masks(active)
     if gram.general:
         settings["general_route"] = parameter_names(measured.module, gram.general)
     if rows.note:
@@ -172,7 +182,7 @@ def coarsest(dtypes: Sequence[torch.dtype]) -> torch.dtype:
 
 def parameter_names(module: nn.Module, parameters: Collection[Tensor]) -> list[str]:
     """Names of some of a module's parameters."""
-    names = {parameter: name for name, parameter in module.named_parameters()}
+    names = plain_names(module)
     return [names[parameter] for parameter in parameters]  # type: ignore[index]
 
 

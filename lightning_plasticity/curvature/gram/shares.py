@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lightning_plasticity.curvature.gram.factors import Factors, Share
-
-ROW_CHUNK = 64 * 2**20  # elements of per-sample gradient rows held at once
+from lightning_plasticity.curvature.gram.masked import add_masked
+from lightning_plasticity.curvature.gram.rows import ROW_CHUNK, add_rows
 
 
 def add_share(gram: Tensor, share: Share) -> None:
@@ -21,18 +21,12 @@ def add_share(gram: Tensor, share: Share) -> None:
             _add_lookup(gram, part)
         elif part.kind == "diagonal":
             _add_diagonal(gram, part)
+        elif part.mask is not None and part.weight is not None:
+            add_masked(gram, part)
         else:
             _add_dense(gram, part)
     if len(share) == 2:
         _add_tied(gram, *share)
-
-
-def add_rows(gram: Tensor, rows: Tensor) -> None:
-    """Add J J^T for explicit gradient rows (R, N, p)."""
-    num_columns, num_samples, size = rows.shape
-    for r in range(num_columns):
-        block = rows[r] @ rows[r:].reshape(-1, size).T
-        gram[r, :, r:] += block.view(num_samples, num_columns - r, num_samples)
 
 
 def mirror(gram: Tensor) -> None:

@@ -66,10 +66,13 @@ class Costs:
     num_params: int
     itemsize: int
     sweep: float = 0.0  # seconds per coordinate and basis vector
+    active: int | None = None  # coordinates that no mask switches off; None for all
 
     def vector(self, samples: int) -> int:
         """Coordinates of a vector of the recurrence."""
         last = self.trials[-1]
+        if self.active is not None:
+            return self.active
         if last.range_size is None:
             return self.num_params
         size = math.ceil(last.range_size / last.samples * samples)
@@ -77,7 +80,7 @@ class Costs:
 
     def in_range(self, samples: int) -> bool:
         """Whether the route through the Hessian's range is taken."""
-        return self.vector(samples) < self.num_params
+        return self.active is None and self.vector(samples) < self.num_params
 
     def basis(self, samples: int, steps: int, basis: Basis) -> int:
         """Bytes of the basis."""

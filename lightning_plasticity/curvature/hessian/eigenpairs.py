@@ -17,8 +17,9 @@ from lightning_plasticity.curvature.hessian.arpack import ORDERS, ArpackIteratio
 from lightning_plasticity.curvature.hessian.operator import HessianOperator
 from lightning_plasticity.curvature.hessian.problem import opened
 from lightning_plasticity.curvature.loss.closure import LossFunction
-from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite
+from lightning_plasticity.curvature.measured import RESOLUTION, Measured, about_masks, dtype_name, finite
 from lightning_plasticity.nn import Mode
+from lightning_plasticity.nn.masks import plain_names
 
 DENSE_LIMIT = 200  # live coordinates up to which the whole matrix costs no more products than the iteration
 
@@ -29,7 +30,7 @@ class Eigenpairs:
 
     Attributes:
         values: (k,) float64; by magnitude or size descending, or ascending for ``which="smallest"``.
-        vectors: (k, P) orthonormal rows, in the parameters' dtype and on their device.
+        vectors: (k, P) orthonormal rows, in the parameters' dtype and on their device; zero where a mask is.
         residuals: (k,) float64, |H v - value v| from one product each; an eigenvalue of H is within it of the value.
         converged: (k,) bool, residual within ``tol`` times the largest |eigenvalue| of H, or within rounding.
         num_products: Hessian-vector products spent, those for the residuals included.
@@ -80,7 +81,8 @@ def hessian_eigenpairs(
         model: any module; it is left exactly as it was.
         loss_fn: ``loss_fn(outputs, targets) -> scalar mean loss``; None for a LightningModule's own training step.
         data: ``(inputs, targets)`` or an iterable of such pairs, which count as one loss on all samples.
-        k: how many; all P when there are fewer.
+        k: how many; all P when there are fewer (all active ones of a masked module, whose pairs are those of the
+            Hessian on the active coordinates).
         which: the k largest by ``"magnitude"``, or the ``"largest"`` or ``"smallest"`` with their signs.
         params: names or wildcards of the parameters that count, e.g. ``"encoder.*"``; None for all trainable ones.
         tol: relative residual to stop at; with float32 products rounding is about 1e-6.
@@ -109,11 +111,12 @@ def hessian_eigenpairs(
     started = time.perf_counter()
     measured = Measured(model, as_batches(data, model), loss_fn, params, mode, seed)
     parameters = measured.parameters()
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names = plain_names(model)
     with opened(measured, parameters, torch.Generator().manual_seed(seed), in_range=0) as problem:
         operator, live, num_samples = problem.operator, problem.live, problem.num_samples
         found, scale, method = _live_pairs(operator, live, k, which, tol, max_products, seed)
-        vectors = _with_dead(found, live.cpu().numpy(), k, which).to(operator.device, operator.dtype)
+        dead = ~live if operator.active is None else operator.active & ~live
+        vectors = _with_dead(found, live.cpu().numpy(), dead.cpu().numpy(), k, which).to(operator.device, operator.dtype)
         values, residuals = _measured(operator, vectors)
     scale = max(scale, float(values.abs().max()))
     order = torch.from_numpy(ORDERS[which][0](values.numpy())).sort(descending=True, stable=True).indices
@@ -132,7 +135,8 @@ def hessian_eigenpairs(
             "which": which,
             "method": method,
             "live_coordinates": int(live.sum()),
-        },
+        }
+        | about_masks(operator.active),
     )
 
 
@@ -149,9 +153,9 @@ def _live_pairs(
     return iteration.run(k), iteration.scale, "arpack"
 
 
-def _with_dead(found: Pairs, live: NDArray[np.bool_], k: int, which: Which) -> Tensor:
+def _with_dead(found: Pairs, live: NDArray[np.bool_], zero: NDArray[np.bool_], k: int, which: Which) -> Tensor:
     """(k, P) the best of the live pairs and of the dead coordinates, which are eigenvectors of eigenvalue zero."""
-    dead = np.flatnonzero(~live)[:k]
+    dead = np.flatnonzero(zero)[:k]
     vectors = np.zeros((len(found[0]) + len(dead), len(live)))
     vectors[: len(found[0]), live] = found[1]
     vectors[len(found[0]) + np.arange(len(dead)), dead] = 1.0

@@ -13,7 +13,14 @@ from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.hessian.costs import GRAMS, LEAST_STEPS
 from lightning_plasticity.curvature.hessian.plan import HessianPlan, plan_hessian
 from lightning_plasticity.curvature.hessian.problem import HessianProblem, opened
-from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite
+from lightning_plasticity.curvature.measured import (
+    RESOLUTION,
+    Measured,
+    about_masks,
+    dtype_name,
+    finite,
+    num_active,
+)
 from lightning_plasticity.curvature.samples import num_samples
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.linalg import LanczosQuadrature, lanczos
@@ -71,11 +78,13 @@ def measure_hessian(
         "resolution": RESOLUTION.get(operator.dtype, 1e-2) * top,
         "settings": {"dtype": dtype_name(operator.dtype), "mode": measured.mode, "live_coordinates": live} | settings,
     }
+    about["settings"] |= about_masks(operator.active)
     if problem.note:
         about["settings"]["note"] = problem.note
+    num_params = num_active(parameters, operator.active)
     if quadrature is None:
-        return Spectrum.from_eigenvalues(values, operator.num_params, **about)
-    return Spectrum.from_quadrature(quadrature, operator.num_params, **about)
+        return Spectrum.from_eigenvalues(values, num_params, **about)
+    return Spectrum.from_quadrature(quadrature, num_params, **about)
 
 
 def _check_room(live: int, memory: float) -> None:

@@ -30,15 +30,26 @@ class HessianOperator:
         losses: () tensors with their graphs.
         weights: the share of each loss, e.g. batch size over all samples.
         parameters: P coordinates in all, in this order.
+        active: (P,) bool, coordinates that no mask switches off; None for all. Vectors stay P long; the matrix to
+            measure is the (k, k) one of the active coordinates, and probes are zero elsewhere.
     """
 
-    def __init__(self, losses: Sequence[Tensor], weights: Sequence[float], parameters: Sequence[nn.Parameter]) -> None:
-        self._prepare(parameters)
+    def __init__(
+        self,
+        losses: Sequence[Tensor],
+        weights: Sequence[float],
+        parameters: Sequence[nn.Parameter],
+        active: Tensor | None = None,
+    ) -> None:
+        self._prepare(parameters, active)
         self.remember(losses, weights)
 
     @classmethod
     def rebuilding(
-        cls, losses: Callable[[], Generator[tuple[float, Tensor]]], parameters: Sequence[nn.Parameter]
+        cls,
+        losses: Callable[[], Generator[tuple[float, Tensor]]],
+        parameters: Sequence[nn.Parameter],
+        active: Tensor | None = None,
     ) -> HessianOperator:
         """An operator that keeps no graph: every product makes them anew, one after the other.
 
@@ -47,9 +58,10 @@ class HessianOperator:
         Args:
             losses: gives weights and losses, each loss when it is asked for; the same ones every time.
             parameters: as in the constructor.
+            active: as in the constructor.
         """
         operator = cls.__new__(cls)
-        operator._prepare(parameters)
+        operator._prepare(parameters, active)
 
         def graphs() -> Generator[Graph]:
             with closing(losses()) as found:
@@ -70,8 +82,8 @@ class HessianOperator:
         """Free the graphs; no product can be made until they are remembered."""
         self._graphs = _no_graphs
 
-    def _prepare(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = list(parameters)
+    def _prepare(self, parameters: Sequence[nn.Parameter], active: Tensor | None) -> None:
+        self.parameters, self.active = list(parameters), active
         self._sizes = [parameter.numel() for parameter in parameters]
         self.num_params = sum(self._sizes)
         self.dtype = self.parameters[0].dtype
@@ -141,11 +153,11 @@ class HessianOperator:
         ).to(self.dtype)
 
     def live_coordinates(self, generator: torch.Generator) -> Tensor:
-        """(P,) bool: coordinates whose rows are not exactly zero (dead units, constant inputs), from one product."""
+        """(P,) bool: active coordinates whose rows are not exactly zero (dead units, constant inputs)."""
         return self.probe(generator)[1] != 0
 
     def probe(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """A Gaussian vector, the same on every device, and the product with it, both (P,).
+        """A Gaussian vector, the same on every device, and the product with it, both (P,) and zero under masks.
 
         Where the product is exactly zero, so is the row, up to chance of probability zero.
 
@@ -153,7 +165,11 @@ class HessianOperator:
             MeasurementError: when the product is not finite.
         """
         vector = torch.randn(self.num_params, generator=generator).to(self.device, self.dtype)
+        if self.active is not None:
+            vector *= self.active
         product = self.matvec(vector)
+        if self.active is not None:
+            product = product.where(self.active, 0.0)
         if not bool(torch.isfinite(product).all()):
             raise MeasurementError("A Hessian-vector product is not finite; look for NaN or inf in weights and data.")
         return vector, product

@@ -14,7 +14,7 @@ from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.hessian.costs import Basis, Costs, counted, ladder, sweep_seconds, timed
 from lightning_plasticity.curvature.hessian.operator import VMAP_PRODUCTS
 from lightning_plasticity.curvature.hessian.problem import cut
-from lightning_plasticity.curvature.measured import Measured
+from lightning_plasticity.curvature.measured import Measured, num_active
 from lightning_plasticity.curvature.samples import in_whole_batches, num_samples
 from lightning_plasticity.nn.batches import batch_size
 from lightning_plasticity.nn.precision import measured_in
@@ -90,7 +90,13 @@ class _Planner:
         self.memory = budget.memory(parameters[0].device)
         size = sum(parameter.numel() for parameter in parameters)
         light = counted(measured, operations=budget.max_seconds is not None)
-        self.costs = Costs([light], size, measured_in(parameters[0].dtype).itemsize)
+        active = measured.active(parameters)
+        self.costs = Costs(
+            [light],
+            size,
+            measured_in(parameters[0].dtype).itemsize,
+            active=None if active is None else num_active(parameters, active),
+        )
         self._divisible: bool | None = None
 
     def plan(self) -> HessianPlan:

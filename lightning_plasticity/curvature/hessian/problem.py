@@ -57,7 +57,7 @@ class HessianProblem:
 
     @cached_property
     def live(self) -> Tensor:
-        """(P,) bool: coordinates whose rows are not exactly zero (dead units, constant inputs)."""
+        """(P,) bool: active coordinates whose rows are not exactly zero (dead units, constant inputs)."""
         return self.product != 0
 
     @cached_property
@@ -75,7 +75,7 @@ class HessianProblem:
 
         The dead ones are left out of the vectors where that saves more than it costs to move the others.
         """
-        if self.num_live > MOSTLY_LIVE * len(self.product):
+        if self.operator.active is None and self.num_live > MOSTLY_LIVE * len(self.product):
             return self.operator.matvec, self.probe * self.live, self.product
         places = self.live.nonzero()[:, 0]
         whole = torch.zeros_like(self.probe)
@@ -183,11 +183,12 @@ def _kept(
     exact_limit: int,
 ) -> HessianProblem:
     """On graphs that the operator alone keeps."""
-    look = in_range > 0 and len(measured.batches) == 1 and _only_linear(measured.module, parameters)
+    active = measured.active(parameters)
+    look = in_range > 0 and active is None and len(measured.batches) == 1 and _only_linear(measured.module, parameters)
     with LayerTaps(measured.module) if look else nullcontext() as taps:
         evaluations = [closure(batch, index) for index, batch in enumerate(measured.batches)]
     losses = [evaluation.loss for evaluation in evaluations]
-    operator = HessianOperator(losses, shares_of(evaluations), parameters)
+    operator = HessianOperator(losses, shares_of(evaluations), parameters, active)
     probe, product = operator.probe(generator)
     problem = HessianProblem(operator, probe, product, measured, *_about(evaluations))
     pays = taps is not None and estimated_speedup(taps, parameters, in_range) >= MIN_SPEEDUP
@@ -215,7 +216,7 @@ def _rebuilt(
                 yield share, anew(batch, index).loss
 
     with measured.open():
-        operator = HessianOperator.rebuilding(losses, parameters)
+        operator = HessianOperator.rebuilding(losses, parameters, measured.active(parameters))
         yield HessianProblem(operator, *operator.probe(generator), measured, *_about(evaluations))
 
 

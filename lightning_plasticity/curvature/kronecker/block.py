@@ -166,16 +166,16 @@ class KroneckerBlock:
 
 
 def factor_eigenvalues(factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Eigenvalues of a positive semidefinite float64 factor, ascending, with those that are rounding set to 0.
+    """Eigenvalues of positive semidefinite float64 factors (..., D, D), ascending, those that are rounding set to 0.
 
     The factor is a sum of outer products of vectors in ``dtype``. Below D eps64 of the largest, an eigenvalue is
     rounding of the sum; below (D eps)^2 it is rounding of the vectors, by the rule of ``numerical_rank`` squared.
     """
     values: Tensor = torch.linalg.eigvalsh(factor).clamp_min(0.0)
-    size = len(values)
+    size = values.shape[-1]
     eps = torch.finfo(dtype).eps if dtype in RESOLUTION else torch.finfo(torch.float32).eps
     tolerance = max(size * torch.finfo(torch.float64).eps, (size * eps) ** 2)
-    return values.where(values > tolerance * values[-1], 0.0)
+    return values.where(values > tolerance * values[..., -1:], 0.0)
 
 
 def check_eps(eps: float) -> None:

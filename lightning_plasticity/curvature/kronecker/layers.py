@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.kronecker.block import KroneckerBlock
+from lightning_plasticity.curvature.kronecker.masked_block import MaskedBlock
 from lightning_plasticity.curvature.layers import LayerCall, LayerTaps
 from lightning_plasticity.curvature.loss.output_loss import OutputLoss, batch_shares
+from lightning_plasticity.nn.masks import parameter_of
 
 ROOT = "root"  # name of the layer when the whole model is one
 
@@ -26,16 +29,18 @@ class ChosenLayer:
         module: the layer.
         weight: whether the weight counts.
         bias: whether the bias counts.
+        mask: (O, ...) bool, the active entries of the weight; None where it has no mask.
     """
 
     name: str
     module: nn.Module
     weight: bool
     bias: bool
+    mask: Tensor | None = None
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Names of the parameters that count."""
+        """Names of the parameters that count; of a masked weight as without the mask."""
         prefix = "" if self.name == ROOT else f"{self.name}."
         return tuple(prefix + own for own in ("weight", "bias") if getattr(self, own))
 
@@ -46,8 +51,17 @@ class ChosenLayer:
 
     def tensors(self) -> list[nn.Parameter]:
         """The parameters that count."""
-        module: Any = self.module
-        return [getattr(module, own) for own in ("weight", "bias") if getattr(self, own)]
+        found = [parameter_of(self.module, own)[0] for own in ("weight", "bias") if getattr(self, own)]
+        return [parameter for parameter in found if parameter is not None]
+
+    def group_mask(self, group: int) -> Tensor | None:
+        """(O, D) bool, the active entries of a group, those of the bias among them; None where all are active."""
+        if self.mask is None or not self.weight:
+            return None
+        mask = self.mask.reshape(self.groups, len(self.mask) // self.groups, -1)[group].cpu()
+        if bool(mask.all()):
+            return None
+        return torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1) if self.bias else mask
 
 
 @dataclass
@@ -108,16 +122,19 @@ class FactorSums:
             grouped = layer.groups > 1
             for group, factors in enumerate(zip(*self.totals(layer.name), strict=True)):
                 a, b = (_symmetric(factor, layer.name) for factor in factors)
-                found[f"{layer.name}.group{group}" if grouped else layer.name] = KroneckerBlock(
-                    layer.name,
-                    layer.parameters,
-                    a,
-                    b,
-                    num_positions=self.positions[layer.name],
-                    group=group if grouped else None,
-                    source=source,
-                    dtype=self.dtype,
-                )
+                about: dict[str, Any] = {
+                    "num_positions": self.positions[layer.name],
+                    "group": group if grouped else None,
+                    "source": source,
+                    "dtype": self.dtype,
+                }
+                name, mask = f"{layer.name}.group{group}" if grouped else layer.name, layer.group_mask(group)
+                if mask is None:
+                    found[name] = KroneckerBlock(layer.name, layer.parameters, a, b, **about)
+                elif bool(mask.any()):
+                    found[name] = MaskedBlock(layer.name, layer.parameters, a, b, **about, mask=mask)
+                else:
+                    self.skipped[name] = "all its entries are masked."
         return found
 
 
@@ -125,15 +142,15 @@ def choose_layers(model: nn.Module, parameters: Iterable[nn.Parameter]) -> tuple
     """Layers that can have Kronecker factors, and why others with chosen parameters cannot."""
     chosen = {id(parameter) for parameter in parameters}
     owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(name or ROOT)
+    masked = {id(part) for module in model.modules() for part in _mask_holders(module)}
+    modules = [(name or ROOT, module) for name, module in model.named_modules() if id(module) not in masked]
+    for name, module in modules:
+        for parameter in _own(module).values():
+            owners.setdefault(id(parameter), []).append(name)
     layers: list[ChosenLayer] = []
     skipped: dict[str, str] = {}
-    for name, module in model.named_modules():
-        name = name or ROOT
-        own = {key: id(parameter) for key, parameter in module._parameters.items() if parameter is not None}
+    for name, module in modules:
+        own = {key: id(parameter) for key, parameter in _own(module).items()}
         if not any(parameter in chosen for parameter in own.values()):
             continue
         sharers = sorted({other for parameter in own.values() for other in owners[parameter]} - {name})
@@ -143,9 +160,30 @@ def choose_layers(model: nn.Module, parameters: Iterable[nn.Parameter]) -> tuple
             skipped[name] = f"its parameters are {', '.join(own)}, expected weight and bias (is it parametrised?)."
         elif sharers:
             skipped[name] = f"it shares parameters with {', '.join(sharers)}."
+        elif parameter_of(module, "bias")[1] is not None:
+            skipped[name] = "its bias is masked."
         else:
-            layers.append(ChosenLayer(name, module, own["weight"] in chosen, own.get("bias") in chosen))
+            counts = own["weight"] in chosen, own.get("bias") in chosen
+            layers.append(ChosenLayer(name, module, *counts, mask=parameter_of(module, "weight")[1]))
     return layers, skipped
+
+
+def _own(module: nn.Module) -> dict[str, nn.Parameter]:
+    """A module's own parameters; those under a mask by the name of the weight that they make."""
+    own = {key: parameter for key, parameter in module._parameters.items() if parameter is not None}
+    for role in ("weight", "bias"):
+        parameter, mask = parameter_of(module, role)
+        if parameter is not None and mask is not None:
+            own = {key: value for key, value in own.items() if value is not parameter} | {role: parameter}
+    return own
+
+
+def _mask_holders(module: nn.Module) -> list[nn.Module]:
+    """The modules that hold the parameters under a layer's masks, which are counted as the layer's own."""
+    if not parametrize.is_parametrized(module):
+        return []
+    chains: Any = module.parametrizations
+    return [chains[role] for role in ("weight", "bias") if role in chains and parameter_of(module, role)[1] is not None]
 
 
 def usable_calls(

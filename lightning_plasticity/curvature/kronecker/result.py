@@ -38,11 +38,12 @@ class KroneckerSpectrum:
     forms all products for whatever is not here.
 
     Attributes:
-        layers: the blocks by layer name; ``NAME.groupI`` for the groups of a grouped convolution.
+        layers: the blocks by layer name; ``NAME.groupI`` for the groups of a grouped convolution. A masked layer has a
+            ``MaskedBlock``, unit by unit.
         skipped: why a layer that has chosen parameters is not among them, by its name.
         num_samples: N, samples that the loss is a mean over.
         seconds: wall time spent.
-        settings: mode, dtype, and why BackPACK refused, where it did.
+        settings: mode, dtype, why BackPACK refused, where it did, and the layers taken unit by unit (``per_unit``).
         errors: with ``check=True``, the errors against the exact GGN by layer, and of all together (``"whole"``).
     """
 

@@ -16,6 +16,7 @@ from lightning_plasticity.curvature.gram.measure import measure_gram
 from lightning_plasticity.curvature.kronecker.backpack_route import FACTORS, Factors, Refused, backpack_factors
 from lightning_plasticity.curvature.kronecker.hooks_route import hook_factors
 from lightning_plasticity.curvature.kronecker.layers import ChosenLayer, FactorSums, choose_layers, no_layers
+from lightning_plasticity.curvature.kronecker.masked_block import MaskedBlock
 from lightning_plasticity.curvature.kronecker.result import WHOLE, KroneckerSpectrum
 from lightning_plasticity.curvature.loss.closure import LossFunction
 from lightning_plasticity.curvature.measured import Measured
@@ -47,6 +48,10 @@ def kronecker_spectrum(
     Block of a layer: A = E[abar abar^T], abar its input with a 1 for the bias (convolutions: unfolded patches, averaged
     over positions), B from the gradients at its output (summed over positions). Exact for one sample, and for a linear
     model with squared loss; elsewhere an approximation, whose errors ``check=True`` measures.
+
+    A mask does not factorise, so a masked layer's block is taken unit by unit: with S_o the active inputs of output unit
+    o (the bias among them) its eigenvalues are the union over o of B_oo eig(A[S_o, S_o]), as many as there are active
+    coordinates; terms between output units are left out. ``settings["per_unit"]`` names the layers.
 
     Source: Martens and Grosse 2015 (arXiv 1503.05671); Grosse and Martens 2016 (arXiv 1602.01407) for convolutions;
     Botev et al. 2017 (arXiv 1706.03662) for KFLR and KFRA. Computed by BackPACK on a copy of the network where it can
@@ -98,6 +103,9 @@ def kronecker_spectrum(
     if not blocks:
         raise no_layers(skipped)
     settings: dict[str, Any] = {"dtype": str(sums.dtype).removeprefix("torch."), "mode": mode, "factors": factors}
+    if per_unit := sorted({block.name for block in blocks.values() if isinstance(block, MaskedBlock)}):
+        settings["per_unit"] = per_unit
+        settings["masked_params"] = sum(int((~b.mask).sum()) for b in blocks.values() if isinstance(b, MaskedBlock))
     if refusal:
         settings["backpack_refused"] = refusal
     found = KroneckerSpectrum(blocks, skipped, sums.num_samples, time.perf_counter() - started, settings)
