@@ -12,6 +12,7 @@ import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_plasticity.study import read_table
 from lightning_plasticity.study.files import write_text
@@ -19,6 +20,7 @@ from lightning_plasticity.study.prediction import alarm, prediction_table
 from lightning_plasticity.study.prediction.alarm import FIRST_TASK
 
 FIXED = {"features/srank": 0.946, "online_accuracy": 0.87}
+ORDER = ("ggn/eps_rank_0.01", "ggn/relative_eps_rank_0.001", "features/effective_rank", "features/srank")
 SHOWN = ("pooled_1", "within_1", "partial_1", "pooled_2", "within_2", "partial_2", "detected", "lead", "false_alarms")
 
 
@@ -55,6 +57,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         found = alarm(rows, measure, given.outcome, threshold=share, resamples=given.resamples)
         scores = [_cell(s.value, s.lower, s.upper) for s in (found.detected, found.lead, found.false_alarms)]
         print(f"| {measure}, from task {FIRST_TASK} | {share} | {' | '.join(scores)} |")
+    print("\nWhich fell first? Task (from 0) of the first drop of 20 % below the best so far, in the runs that fall:\n")
+    print(f"| run | outcome | {' | '.join(ORDER)} |\n{'|---' * (len(ORDER) + 2)}|")
+    for (method, seed), run in _by_run(rows).items():
+        if math.isfinite(first := fall([row[given.outcome] for row in run])):
+            places = [fall([row[key] for row in run if key in row]) for key in ORDER]
+            print(f"| {method} {seed} | {first:.0f} | {' | '.join(_place(place) for place in places)} |")
+
+
+def fall(values: Sequence[float]) -> float:
+    """Index of the first value at most 80 % of the best so far; infinite for none."""
+    best = -math.inf
+    for task, value in enumerate(values):
+        best = max(best, value)
+        if value <= 0.8 * best:
+            return task
+    return math.inf
+
+
+def _by_run(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:
+    found: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["task"]):
+        found.setdefault((row["method"], row["seed"]), []).append(row)
+    return found
+
+
+def _place(task: float) -> str:
+    return f"{task:.0f}" if math.isfinite(task) else "never"
 
 
 def _cell(value: float, lower: float, upper: float) -> str:
