@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class PermutedMNISTNet(_Paper):
 
     def __init__(self, width: int = 1000, lr: float = 1e-2) -> None:
         sizes = (784, width, width, width)
-        hidden = [layer for pair in zip(sizes[:-1], sizes[1:], strict=True) for layer in (nn.Linear(*pair), nn.ReLU())]
+        hidden = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.ReLU())]
         super().__init__(nn.Sequential(*hidden, nn.Linear(width, 10)), lr, 0.0)
         for layer in self.net:
             if isinstance(layer, nn.Linear):
@@ -53,7 +54,7 @@ class CIFARNet(_Paper):
 
 
 class ImageNetNet(_Paper):
-    """Three convolutions (5 x 5 x 32, 3 x 3 x 64, 3 x 3 x 128) with max-pooling, two layers of 128, and a head of two."""
+    """Convolutions 5 x 5 x 32, 3 x 3 x 64, 3 x 3 x 128 with max-pooling, two layers of 128, and a head of two."""
 
     def __init__(self, lr: float = 1e-3, momentum: float = 0.9) -> None:
         channels, kernels = (3, 32, 64, 128), (5, 3, 3)

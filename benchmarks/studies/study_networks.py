@@ -21,6 +21,15 @@ class MNISTNet(Plain):
         return torch.optim.Adam(self.parameters(), lr=self.lr)
 
 
+class DigitsNet(Plain):
+    """The demo's network in any width: 64-width-width-width-10."""
+
+    def __init__(self, width: int = 100) -> None:
+        super().__init__()
+        hidden = [module for _ in range(2) for module in (nn.Linear(width, width), nn.ReLU())]
+        self.net = nn.Sequential(nn.Linear(64, width), nn.ReLU(), *hidden, nn.Linear(width, 10))
+
+
 class ConvNet(Plain):
     """Two convolutions and a hidden layer on 8 x 8 images that come as rows of 64."""
 
