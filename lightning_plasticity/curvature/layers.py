@@ -93,9 +93,9 @@ def lookup_patches(module: nn.Embedding, x: Tensor) -> Tensor:
 
 
 def patches_of(module: nn.Module) -> Callable[[Any, Tensor], Tensor] | None:
-    """The patch function of a layer that has a shortcut and parameters of its own, else None; masked ones are among them.
+    """The patch function of a layer that has a shortcut and parameters of its own, else None.
 
-    Masked norms and embeddings have none.
+    Masked linear layers and convolutions have one, masked norms and embeddings have none.
     """
     weight, mask = parameter_of(module, "weight")
     if weight is None or (mask is not None and not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)):

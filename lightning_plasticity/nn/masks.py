@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 from torch import Tensor, nn
@@ -98,14 +99,28 @@ def plain_names(module: nn.Module) -> dict[nn.Parameter, str]:
     return names
 
 
-def with_plain_weights(module: nn.Module) -> nn.Module:
-    """The same module, changed in place: masked weights are parameters with zeros where the masks were."""
-    for name in find_masks(module):
-        owner, _, role = name.rpartition(".")
-        if role == "original":
-            owner, _, role = owner.rpartition(".")
-            layer = module.get_submodule(owner.rpartition("parametrizations")[0].removesuffix("."))
-            parametrize.remove_parametrizations(layer, role)
-        else:
-            prune.remove(module.get_submodule(owner), role.removesuffix("_orig"))
-    return module
+def copy_with_plain_weights(module: nn.Module) -> nn.Module:
+    """A copy whose masked weights are plain parameters, with zeros where the masks were."""
+    made = [value for child in module.modules() for value in vars(child).values() if isinstance(value, Tensor)]
+    twin = copy.deepcopy(module, {id(value): value.detach().clone() for value in made})  # pruned weights have a graph
+    for child in list(twin.modules()):
+        for role in ("weight", "bias"):
+            parameter, mask = parameter_of(child, role)
+            if parameter is None or mask is None:
+                continue
+            if parametrize.is_parametrized(child, role):
+                _unmask(child, role, parameter, mask)
+            else:
+                prune.remove(child, role)  # type: ignore[no-untyped-call]
+    return twin
+
+
+def _unmask(layer: nn.Module, role: str, parameter: nn.Parameter, mask: Tensor) -> None:
+    """By hand: a copy shares its class with the original, which ``parametrize.remove_parametrizations`` changes."""
+    chains: nn.ModuleDict = layer.parametrizations  # type: ignore[assignment]
+    if len(chains) > 1:
+        return  # the class is needed for the others
+    layer.__class__ = parametrize.type_before_parametrizations(layer)
+    del layer.parametrizations
+    plain = nn.Parameter(parameter.detach().masked_fill(~mask, 0.0), requires_grad=parameter.requires_grad)
+    layer.register_parameter(role, plain)

@@ -287,7 +287,8 @@ def test_several_batches_and_chosen_parameters():
 
 def test_layers_by_their_names():
     net, twin, active, data = example("mlp")
-    masks = dict(zip([n for n, _ in twin.named_parameters()], active.split([p.numel() for p in twin.parameters()])))
+    names, sizes = zip(*((name, p.numel()) for name, p in twin.named_parameters()), strict=True)
+    masks = dict(zip(names, active.split(sizes), strict=True))
     for matrix, dense in (("ggn", None), ("hessian", dense_hessian(twin, cross_entropy, *data))):
         found = layer_spectra(net, cross_entropy, data, matrix=matrix)
         assert list(found) == ["0", "2", "4"]

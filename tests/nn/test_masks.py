@@ -8,7 +8,14 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
-from lightning_plasticity.nn.masks import Mask, find_masks
+from lightning_plasticity.nn.masks import (
+    Mask,
+    active_entries,
+    copy_with_plain_weights,
+    find_masks,
+    parameter_of,
+    plain_names,
+)
 
 
 def masked_net() -> tuple[nn.Sequential, torch.Tensor]:
@@ -56,3 +63,39 @@ def test_masks_survive_state_dict_and_copy() -> None:
     other.load_state_dict(net.state_dict())
     assert torch.equal(find_masks(other)["0.parametrizations.weight.original"], mask)
     assert torch.equal(copy.deepcopy(net)[0].weight, net[0].weight)
+
+
+def test_a_copy_with_plain_weights_leaves_the_module_masked() -> None:
+    net, mask = masked_net()
+    prune.random_unstructured(net[2], "weight", amount=0.5)
+    x = torch.randn(3, 5)
+    outputs = net(x)  # the pruned weight now has a graph
+    with torch.no_grad():
+        net[0].parametrizations.weight.original[~mask] = 5.0
+    twin = copy_with_plain_weights(net)
+    assert set(dict(twin.named_parameters())) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    assert [type(twin[0]), type(twin[2])] == [nn.Linear, nn.Linear]
+    assert torch.equal(twin(x), outputs)
+    assert torch.equal(net(x), outputs)
+    assert len(find_masks(net)) == 2
+
+
+def test_parameters_behind_weights() -> None:
+    net, mask = masked_net()
+    prune.random_unstructured(net[2], "weight", amount=0.5)
+    assert parameter_of(net[0], "weight")[0] is net[0].parametrizations.weight.original
+    assert torch.equal(parameter_of(net[0], "weight")[1], mask)
+    assert parameter_of(net[0], "bias") == (net[0].bias, None)
+    assert parameter_of(net[1], "weight") == (None, None)
+    assert parameter_of(net[2], "weight")[0] is net[2].weight_orig
+    assert set(plain_names(net).values()) == {"0.weight", "0.bias", "2.weight", "2.bias"}
+    parametrize.register_parametrization(net[0], "weight", nn.Identity())
+    assert parameter_of(net[0], "weight") == (None, None)
+
+
+def test_a_parameter_that_another_layer_uses_whole_is_active_everywhere() -> None:
+    net, mask = masked_net()
+    assert torch.equal(active_entries(net)[net[0].parametrizations.weight.original], mask)
+    net.append(nn.Linear(5, 4))
+    net[3].weight = net[0].parametrizations.weight.original
+    assert active_entries(net) == {}

@@ -91,9 +91,7 @@ class PrimalOperator:
         active: (P,) bool, the k coordinates to which the matrix is restricted; None for all.
     """
 
-    def __init__(
-        self, jacobian: OutputJacobian, roots: Sequence[OutputRoot], active: Tensor | None = None
-    ) -> None:
+    def __init__(self, jacobian: OutputJacobian, roots: Sequence[OutputRoot], active: Tensor | None = None) -> None:
         self._jacobian, self._roots = jacobian, list(roots)
         self._places = None if active is None else active.nonzero()[:, 0]
         self.dim = jacobian.num_params if self._places is None else len(self._places)

@@ -18,7 +18,7 @@ MOVED = 8.0  # multiply-adds of a matrix product in the time that an elementwise
 
 
 def add_masked(gram: Tensor, part: Factors) -> None:
-    """Add the share of a masked dense weight, and of its bias; by explicit rows or unit by unit, whichever is cheaper."""
+    """Add the share of a masked dense weight and its bias, by explicit rows or unit by unit, whichever is cheaper."""
     assert part.mask is not None
     num_groups, num_columns, num_samples, size, positions = part.gradients.shape
     for group in range(num_groups):

@@ -116,7 +116,9 @@ def hessian_eigenpairs(
         operator, live, num_samples = problem.operator, problem.live, problem.num_samples
         found, scale, method = _live_pairs(operator, live, k, which, tol, max_products, seed)
         dead = ~live if operator.active is None else operator.active & ~live
-        vectors = _with_dead(found, live.cpu().numpy(), dead.cpu().numpy(), k, which).to(operator.device, operator.dtype)
+        vectors = _with_dead(found, live.cpu().numpy(), dead.cpu().numpy(), k, which).to(
+            operator.device, operator.dtype
+        )
         values, residuals = _measured(operator, vectors)
     scale = max(scale, float(values.abs().max()))
     order = torch.from_numpy(ORDERS[which][0](values.numpy())).sort(descending=True, stable=True).indices

@@ -1,12 +1,12 @@
 """Kronecker factors by BackPACK (Dangel, Kunstner, Hennig 2020, arXiv 1912.10985), on a copy of the network.
 
 The copy is made in float64 and rewritten by BackPACK's converter, so that residual connections work; masked weights are
-plain ones in it, for the factors know no masks. The user's module is never extended. Whatever BackPACK cannot do raises ``Refused`` with its reason.
+plain ones in it, for the factors know no masks. The user's module is never extended. Whatever BackPACK cannot do raises
+``Refused`` with its reason.
 """
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +32,7 @@ from lightning_plasticity.curvature.loss.output_loss import OutputLoss
 from lightning_plasticity.curvature.measured import Measured, require_outputs
 from lightning_plasticity.nn import undisturbed
 from lightning_plasticity.nn.batches import join_batches
-from lightning_plasticity.nn.masks import with_plain_weights
+from lightning_plasticity.nn.masks import copy_with_plain_weights
 
 Factors = Literal["kflr", "kfac", "kfra"]
 FACTORS = ("kflr", "kfac", "kfra")
@@ -109,7 +109,7 @@ def _converted_copy(
     if any(layer.groups > 1 for layer in layers):
         raise Refused("it has no factors for grouped convolutions.")
     try:
-        twin = with_plain_weights(copy.deepcopy(module)).double()
+        twin = copy_with_plain_weights(module).double()
         twins = {}
         for parameter in twin.parameters():
             parameter.requires_grad_(False)

@@ -137,7 +137,9 @@ def _parameter_gradients(
     """The parameters' gradient from the layer alone, and from the whole network; both flat."""
     parameters = layer.tensors()
     again = type(layer.module).forward(layer.module, call.input)
-    alone = torch.autograd.grad(again, parameters, gradient, retain_graph=True)  # a pruned weight is part of both graphs
+    alone = torch.autograd.grad(
+        again, parameters, gradient, retain_graph=True
+    )  # a pruned weight is part of both graphs
     true = pulled_back(outputs, parameters, direction)
     return torch.cat([g.flatten() for g in alone]), torch.cat([g.flatten() for g in true])
 

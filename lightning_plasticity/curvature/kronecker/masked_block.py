@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
@@ -37,7 +37,7 @@ class MaskedBlock(KroneckerBlock):
         (tensor([ 5.,  6., 15.], dtype=torch.float64), 3)
     """
 
-    mask: Tensor = torch.ones(1, 1, dtype=torch.bool)
+    mask: Tensor = field(kw_only=True)
 
     @property
     def num_params(self) -> int:

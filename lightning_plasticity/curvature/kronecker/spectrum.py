@@ -49,9 +49,9 @@ def kronecker_spectrum(
     over positions), B from the gradients at its output (summed over positions). Exact for one sample, and for a linear
     model with squared loss; elsewhere an approximation, whose errors ``check=True`` measures.
 
-    A mask does not factorise, so a masked layer's block is taken unit by unit: with S_o the active inputs of output unit
-    o (the bias among them) its eigenvalues are the union over o of B_oo eig(A[S_o, S_o]), as many as there are active
-    coordinates; terms between output units are left out. ``settings["per_unit"]`` names the layers.
+    A mask does not factorise, so a masked layer's block is taken unit by unit: with S_o the active inputs of output
+    unit o (the bias among them) its eigenvalues are the union over o of B_oo eig(A[S_o, S_o]), as many as there are
+    active coordinates; terms between output units are left out. ``settings["per_unit"]`` names the layers.
 
     Source: Martens and Grosse 2015 (arXiv 1503.05671); Grosse and Martens 2016 (arXiv 1602.01407) for convolutions;
     Botev et al. 2017 (arXiv 1706.03662) for KFLR and KFRA. Computed by BackPACK on a copy of the network where it can
