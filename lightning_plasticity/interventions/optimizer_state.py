@@ -119,6 +119,9 @@ class StepCounts:
 
     def _correct(self, name: str, parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> None:
         step = int(state["step"])
+        if any(int(born.max()) >= step for born in self._born[name].values()):
+            del self._born[name]  # something else has dropped all state since, and the optimizer counts anew
+            return
         beta1, beta2 = (float(beta) for beta in group["betas"])
         # Where beta ** age is below rounding the correction is too.
         slowest = max(beta1, beta2)
