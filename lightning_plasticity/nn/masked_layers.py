@@ -115,7 +115,7 @@ def _reduce(self: nn.Module, protocol: Any) -> Any:
 
 
 def _blank(base: type) -> Any:
-    cls = type(f"Parametrized{base.__name__}", (base,), {"__setstate__": _restore})
+    cls: Any = type(f"Parametrized{base.__name__}", (base,), {"__setstate__": _restore})
     return cls.__new__(cls)
 
 

@@ -163,7 +163,7 @@ class SparseTopologyEngine:
 
     def _tap(self, name: str, mask: nn.Module, args: Any, weight: Tensor) -> None:
         if weight.requires_grad and not is_measuring():
-            weight.register_hook(partial(self._add, name))
+            weight.register_hook(partial(self._add, name))  # type: ignore[no-untyped-call]
 
     def _add(self, name: str, gradient: Tensor) -> None:
         before = self._gradients.get(name)

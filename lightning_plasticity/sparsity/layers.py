@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import parametrize
 
 from lightning_plasticity.nn.masked_layers import masks_of, put_mask, stored
@@ -91,7 +91,9 @@ def chosen_layers(module: nn.Module, patterns: Sequence[str] | None) -> tuple[di
                 f"layers: {pattern!r} matches no Linear or convolution. Those that exist: {', '.join(known) or 'none'}."
             )
     wanted = {n: c for n, c in known.items() if patterns is None or any(fnmatchcase(n, p) for p in patterns)}
-    if lazy := [name for name, child in wanted.items() if is_lazy(child._parameters.get("weight"))]:
+    if lazy := [
+        name for name, child in wanted.items() if isinstance(child._parameters.get("weight"), UninitializedParameter)
+    ]:
         raise ValueError(
             f"{', '.join(lazy)} have no shape yet, expected layers that know their inputs. What to do: run the module "
             "on one batch first, or leave them out with layers=[...]."

@@ -221,7 +221,7 @@ def test_masks_stay_from_the_end_on_and_dense_layers_always() -> None:
     dense = nn.Linear(4, 4)
     sparsify(dense, 1.0)
     assert SparseTopologyEngine({"": dense}, method="set", every_n_steps=1).step() == {"": 0}
-    with pytest.raises(ValueError, match="0 have no masks.*call sparsify first"):
+    with pytest.raises(ValueError, match=r"0 have no masks.*call sparsify first"):
         SparseTopologyEngine({"0": nn.Linear(2, 2)})
 
 
