@@ -83,6 +83,7 @@ class SparseTopology(EngineIntervention):
         self.init: GrownInit = init
         self.restart_steps = restart_steps
         self.seed = whole_number("seed", seed, 0)
+        self._loading: Any = None  # handle of the hook that puts masks on for a checkpoint
         self._asked = False  # to update after the next step
         self._updates: bool | None = None  # whether an update follows the present batch; None: the period says
 
@@ -97,10 +98,23 @@ class SparseTopology(EngineIntervention):
         return self._generate_state_key(layers=self.layers)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Put masks on: for a fit, and for a checkpoint that will be loaded."""
+        """Put masks on: for a fit now, else when a checkpoint is loaded that has some."""
         super().setup(trainer, pl_module, stage)
-        if stage == "fit" or trainer.ckpt_path is not None:
+        if stage == "fit":
             self._put_masks(pl_module)
+        else:
+
+            def before_loading(module: Any, state: dict[str, Any], *args: Any) -> None:
+                if any(".parametrizations.weight.0.mask" in key for key in state):
+                    self._put_masks(pl_module)
+
+            self._loading = pl_module.register_load_state_dict_pre_hook(before_loading)
+
+    def _stop(self) -> None:
+        super()._stop()
+        if self._loading is not None:
+            self._loading.remove()
+            self._loading = None
 
     def _put_masks(self, pl_module: LightningModule) -> None:
         masked = self._masked(pl_module)

@@ -1,4 +1,4 @@
-"""Whole fits with ``SparseTopology``: masks over fits and checkpoints, beside monitors and penalties, what is logged."""
+"""Whole fits with ``SparseTopology``: masks over fits and checkpoints, beside monitors and penalties; logging."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def test_the_masks_are_those_of_sparsify_and_stay_over_fits() -> None:
 
 @pytest.mark.parametrize("method", ["set", "rigl"])
 def test_training_moves_masks_at_one_density_and_keeps_the_rest_zero(method: Any) -> None:
-    net, callback = Net("adam"), dynamic(method)
+    # An odd number of updates in the second fit: with so short a period RigL drops what it has just grown, and may
+    # be back where it was after an even one.
+    net, callback = Net("adam"), dynamic(method, every_n_steps=3)
     fit(net, callbacks=[callback])
     first = masks(net)
     assert counts(net) == round(0.4 * 109)
@@ -114,7 +116,7 @@ def test_a_checkpoint_is_tested_with_the_callback(tmp_path: Path) -> None:
     net, saver = Tested("adam"), ModelCheckpoint(tmp_path, filename="end")
     fit(net, callbacks=[dynamic("rigl"), saver], enable_checkpointing=True)
     other = Tested("adam")
-    run = trainer(callbacks=[dynamic("rigl")])
+    run = trainer(callbacks=[dynamic("rigl"), saver], enable_checkpointing=True)
     run.test(other, data(), ckpt_path=str(tmp_path / "end.ckpt"), verbose=False)
     assert (masks(other), bits(weights(other))) == (masks(net), bits(weights(net)))
     plain = Tested("adam")
