@@ -108,7 +108,8 @@ class SparseTopology(EngineIntervention):
                 if any(".parametrizations.weight.0.mask" in key for key in state):
                     self._put_masks(pl_module)
 
-            self._loading = pl_module.register_load_state_dict_pre_hook(before_loading)
+            hooked: Any = pl_module
+            self._loading = hooked.register_load_state_dict_pre_hook(before_loading)
 
     def _stop(self) -> None:
         super()._stop()
