@@ -314,7 +314,7 @@ def find_wiring(module: nn.Module, run: Callable[[], object]) -> Wiring:
     Followed: Linear and convolutions, activations, norms, dropout, pooling, flattening, concatenation and other moves
     of values. Left alone, with the reason: units that are added to or multiplied with others (the stream of a residual
     network; the layers inside its branches are followed), that attention or a recurrent layer reads, tied, frozen,
-    parametrised and grouped weights. Call it under ``undisturbed``.
+    parametrised (masks excepted) and grouped weights. Call it under ``undisturbed``.
 
     Args:
         module: the network.

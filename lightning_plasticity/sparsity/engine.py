@@ -158,6 +158,7 @@ class SparseTopologyEngine:
             weight[torch.unravel_index(grown, weight.shape)] = fresh.flatten()[grown]
         forget(self.optimizers, weight, FLAT, torch.cat([dropped, grown]))
         if self._counts is not None:
+            self._counts.release(weight, dropped)
             self._counts.restart(self.optimizers, weight, FLAT, grown)
         return len(grown)
 
