@@ -44,8 +44,8 @@ class SparseTopology(EngineIntervention):
         end_step: optimizer step, counted over all fits, from which on the masks stay; RigL's paper has 75 % of
             training. None for no end, and a constant share: for streams of tasks.
         init: grown weights: ``"zero"``, or ``"default"``, a draw from the layer's initial distribution (SET's paper).
-        restart_steps: give grown weights step counts of their own under Adam and AdamW. This may cost as much as a small
-            network's whole step; without, first steps of grown weights are up to three times too long.
+        restart_steps: give grown weights step counts of their own under Adam and AdamW. This may cost as much as the
+            whole step of a small network; without, first steps of grown weights are up to three times too long.
         seed: of the masks and the draws; training's random numbers are not used.
 
     Raises:

@@ -405,6 +405,7 @@ def test_an_optimizer_in_place_of_the_modules_own(fits: str, tmp_path: Path) -> 
     assert found["given"] == found["by_hand"] != found["plain"]
 
 
+@pytest.mark.parametrize("fits", ["per_task", "one"])
 def test_sparse_methods_by_transform_and_by_callback(fits: str, tmp_path: Path) -> None:
     """The masks of a transform have the unit's seed, as the callback's; both survive a module that is pickled."""
     density = {"density": 0.5}
