@@ -36,6 +36,7 @@ PUBLIC = {
     "Regularization",
     "RegularizerMixin",
     "ShrinkAndPerturb",
+    "SparseTopology",
     "SpectralNorm",
     "Spectrum",
     "TaskAttribute",

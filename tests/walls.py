@@ -17,7 +17,8 @@ ROWS: tuple[tuple[str, ...], ...] = (
     ("nn",),  # modules: feature taps, hidden units, undisturbed measuring
     ("curvature",),  # operators and spectra of a loss
     ("trainability",),  # short training runs, undone afterwards
-    ("records", "metrics", "regularization", "interventions", "sparsity"),  # plain data; module and optimizer
+    ("records", "metrics", "regularization", "interventions"),  # plain data; module and optimizer
+    ("sparsity",),  # masks; what optimizers know of changed entries is the interventions' business
     ("loggers",),  # knows about loggers
     ("callbacks",),  # knows the Trainer: when, not what
     ("rl",),  # PPO and rollouts; knows the Trainer, no callbacks

@@ -6,6 +6,7 @@ from lightning_plasticity.callbacks.hessian_monitor import HessianSpectrumMonito
 from lightning_plasticity.callbacks.mixin import L2ERMixin, RegularizerMixin
 from lightning_plasticity.callbacks.regularization import Regularization
 from lightning_plasticity.callbacks.schedules import EveryFit, EveryNEpochs, EveryNSteps, TaskAttribute, TaskSchedule
+from lightning_plasticity.callbacks.sparse_topology import SparseTopology
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
 from lightning_plasticity.callbacks.trainability_probe import TrainabilityProbe
 from lightning_plasticity.callbacks.unit_interventions import ContinualBackprop, ReDo
@@ -25,6 +26,7 @@ __all__ = [
     "Regularization",
     "RegularizerMixin",
     "ShrinkAndPerturb",
+    "SparseTopology",
     "TaskAttribute",
     "TaskSchedule",
     "TaskTracker",

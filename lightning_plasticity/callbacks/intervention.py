@@ -60,13 +60,21 @@ class Intervention(FewHooks):
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what ``state_dict`` gave."""
 
-    def log_counts(self, trainer: Trainer, quantity: str, counts: Mapping[str, float]) -> None:
-        """Log a total, and the part of each layer."""
-        key = f"plasticity/interventions/{self.label}/{quantity}"
+    @property
+    def log_prefix(self) -> str:
+        """What its logged keys begin with."""
+        return f"plasticity/interventions/{self.label}"
+
+    def log_counts(
+        self, trainer: Trainer, quantity: str, counts: Mapping[str, float], total: float | None = None
+    ) -> None:
+        """Log a total, by default the sum, and the part of each layer."""
+        key = f"{self.log_prefix}/{quantity}"
         values = {f"{key}/{re.sub('[^A-Za-z0-9_.]', '_', name)}": float(n) for name, n in counts.items() if name}
+        total = sum(counts.values()) if total is None else total
         step = trainer.global_step if self._tracker is None else self._tracker.step
         for logger in trainer.loggers if trainer.is_global_zero else ():
-            log_scalars(logger, {key: float(sum(counts.values())), **values}, step)
+            log_scalars(logger, {key: float(total), **values}, step)
 
 
 def join(trainer: Any, pl_module: LightningModule, stage: str, intervention: Any) -> None:
@@ -81,8 +89,69 @@ def join(trainer: Any, pl_module: LightningModule, stage: str, intervention: Any
     intervention.setup(trainer, pl_module, stage)
 
 
-class UnitIntervention(Intervention):
-    """Base of those that watch hidden units: their engine lives for one fit, its state goes from fit to fit.
+class EngineIntervention(Intervention):
+    """Base of those whose engine lives for one fit; its state goes on in the next fit of the same module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._engine: Any = None
+        self._saved: dict[str, Any] = {}  # state of an engine that is not there now
+        self._module: ref[Any] | None = None  # whose state that is; None for any
+        self._last_step = 0
+
+    def adopt(self, engine: Any, pl_module: LightningModule) -> None:
+        """Let this engine work, and go on where the last one stopped."""
+        self._engine = engine
+        if self._saved:
+            engine.load_state_dict(self._saved)
+        self._module = ref(pl_module)
+
+    def forget_other(self, pl_module: LightningModule) -> bool:
+        """Drop the state of another module; whether there was one."""
+        other = self._module is not None and self._module() is not pl_module
+        if other:
+            self._saved = {}
+        return other
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to count optimizer steps."""
+        self._last_step = trainer.global_step
+
+    def stepped(self, trainer: Trainer) -> bool:
+        """Whether the batch that ends has ended in an optimizer step."""
+        before, self._last_step = self._last_step, trainer.global_step
+        return before != self._last_step
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the hooks off, where Lightning calls no teardown."""
+        self._stop()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the hooks off."""
+        self._stop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The engine's state; that of a finished fit until the next one begins."""
+        return {"engine": self._saved if self._engine is None else self._engine.state_dict()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Keep it for the engine that the next batch will bring."""
+        self._stop()  # a learning-rate finder restores its own checkpoint inside a fit
+        self._saved, self._module = state["engine"], None
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.state_dict()
+        return {**self.__dict__, "_engine": None, "_module": None, "_saved": state["engine"]}
+
+    def _stop(self) -> None:
+        if self._engine is not None:
+            self._saved = self._engine.state_dict()
+            self._engine.close()
+            self._engine = None
+
+
+class UnitIntervention(EngineIntervention):
+    """Base of those that watch hidden units.
 
     The wiring is traced on the first batch of each fit, before any weight changes. Layers that cannot be acted on are
     named in one warning.
@@ -98,10 +167,6 @@ class UnitIntervention(Intervention):
             raise ValueError("layers and wiring exclude each other: wiring already names the layers.")
         self.layers = layers
         self.wiring = wiring
-        self._engine: Any = None
-        self._saved: dict[str, Any] = {}  # state of an engine that is not there now
-        self._module: ref[Any] | None = None  # whose state that is; None for any
-        self._last_step = 0
         self._logged: dict[str, int] = {}
         self._warned: set[str] = set()
         self._given_up: str | None = None  # why it does nothing in this fit
@@ -132,10 +197,6 @@ class UnitIntervention(Intervention):
         if self.wiring is not None:
             told_wiring(pl_module, self.wiring)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to count optimizer steps."""
-        self._last_step = trainer.global_step
-
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Trace the wiring on the first batch; record activations from here to the batch's end."""
         if self._engine is None and self._given_up is None:
@@ -150,9 +211,8 @@ class UnitIntervention(Intervention):
         if self._engine is None:
             return
         self._engine.activations.pause()
-        if trainer.global_step == self._last_step:
+        if not self.stepped(trainer):
             return
-        self._last_step = trainer.global_step
         self._engine.step(summed_over_processes(trainer))
         if trainer.global_step % max(1, getattr(trainer, "log_every_n_steps", 1)) == 0:
             self._log_new(trainer)
@@ -161,32 +221,18 @@ class UnitIntervention(Intervention):
         """Log what was not logged; the hooks stay until ``teardown``, for what the end of a task may start."""
         self._log_new(trainer)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take the hooks off, where Lightning calls no teardown."""
-        self._stop()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the hooks off."""
-        self._stop()
-
     def state_dict(self) -> dict[str, Any]:
-        """The engine's state; that of a finished fit until the next one begins."""
-        engine = self._saved if self._engine is None else self._engine.state_dict()
-        return {"engine": engine, "logged": dict(self._logged)}
+        """The engine's state, and how much of it has been logged."""
+        return {**super().state_dict(), "logged": dict(self._logged)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Keep it for the engine that the next batch will bring."""
-        self._stop()  # a learning-rate finder restores its own checkpoint inside a fit
-        self._saved, self._module = state["engine"], None
+        super().restore(state)
         self._logged = dict(state["logged"])
 
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.state_dict()
-        return {**self.__dict__, "_engine": None, "_module": None, "_saved": state["engine"]}
-
     def _start(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        if self._module is not None and self._module() is not pl_module:
-            self._saved, self._logged = {}, {}
+        if self.forget_other(pl_module):
+            self._logged = {}
         try:
             wiring = self._find_wiring(pl_module, batch)
         except Exception as error:
@@ -196,16 +242,7 @@ class UnitIntervention(Intervention):
             self._given_up = describe(error)
             rank_zero_warn(f"{type(self).__name__} cannot act when asked to: {self._given_up} Training goes on.")
             return
-        self._engine = self.make_engine(pl_module, wiring, list(trainer.optimizers))
-        if self._saved:
-            self._engine.load_state_dict(self._saved)
-        self._module = ref(pl_module)
-
-    def _stop(self) -> None:
-        if self._engine is not None:
-            self._saved = self._engine.state_dict()
-            self._engine.close()
-            self._engine = None
+        self.adopt(self.make_engine(pl_module, wiring, list(trainer.optimizers)), pl_module)
 
     def _find_wiring(self, pl_module: LightningModule, batch: Any) -> Wiring:
         if self.wiring is not None:

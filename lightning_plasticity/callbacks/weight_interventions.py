@@ -13,6 +13,7 @@ from lightning_plasticity.interventions import reset_layers, shrink_and_perturb
 from lightning_plasticity.interventions.layer_reset import LayerInit, last_layers, named_resets, resettable
 from lightning_plasticity.interventions.optimizer_state import forget_all
 from lightning_plasticity.interventions.shrink_and_perturb import chosen_parameters
+from lightning_plasticity.nn.masked_layers import clear_masked
 
 SLOWEST = 0.9  # a factor below this at every step is a mistake: it leaves nothing after some hundred
 
@@ -128,6 +129,8 @@ class ShrinkAndPerturb(SeededIntervention):
     def _act(self, trainer: Trainer, pl_module: LightningModule) -> int:
         parameters = [p for p in chosen_parameters(pl_module, self.parameters) if p.requires_grad]
         shrink_and_perturb(parameters, self.shrink, self.noise, self._generator)
+        for layer in pl_module.modules():
+            clear_masked(layer)
         if self.reset_optimizer:
             forget_all(trainer.optimizers, parameters)
         return sum(parameter.numel() for parameter in parameters)

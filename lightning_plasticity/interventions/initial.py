@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from lightning_plasticity.nn import preserve_rng
+from lightning_plasticity.nn.masked_layers import without_masks
 from lightning_plasticity.nn.wiring import row_dim
 
 Init = Literal["default", "kaiming"]
@@ -52,9 +53,9 @@ def fresh_rows(
 
 
 def reset_parameters(module: nn.Module, generator: Generator) -> None:
-    """Run a module's ``reset_parameters`` under a seed from the generator."""
+    """Run a module's ``reset_parameters`` under a seed from the generator; masked entries stay zero."""
     seed = int(torch.randint(2**62, (), generator=generator))
-    with preserve_rng(), torch.no_grad():
+    with preserve_rng(), torch.no_grad(), without_masks(module):
         torch.manual_seed(seed)
         draw = resetter(module)
         assert draw is not None, "only modules with reset_parameters come here"

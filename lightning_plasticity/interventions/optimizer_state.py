@@ -95,6 +95,12 @@ class StepCounts:
                 born = dims.setdefault(dim, torch.zeros(size, dtype=torch.int64))
                 born[indices.cpu()] = int(state["step"])
 
+    def release(self, parameter: nn.Parameter, indices: Tensor) -> None:
+        """Single elements that are not updated any more need no count."""
+        born = self._born.get(self._names[id(parameter)], {}).get(FLAT)
+        if born is not None:
+            born[indices.cpu()] = 0
+
     def state_dict(self) -> dict[str, Any]:
         """The steps at which rows and columns were reset."""
         return {name: {str(dim): born.clone() for dim, born in dims.items()} for name, dims in self._born.items()}
@@ -119,6 +125,9 @@ class StepCounts:
 
     def _correct(self, name: str, parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> None:
         step = int(state["step"])
+        if any(int(born.max()) >= step for born in self._born[name].values()):
+            del self._born[name]  # something else has dropped all state since, and the optimizer counts anew
+            return
         beta1, beta2 = (float(beta) for beta in group["betas"])
         # Where beta ** age is below rounding the correction is too.
         slowest = max(beta1, beta2)
@@ -134,7 +143,11 @@ class StepCounts:
         lr = float(group["lr"])  # with ``maximize`` the moments carry the sign
         everyone = [parameter.new_full([1] * parameter.ndim, 1.0 - beta**step) for beta in (beta1, beta2)]
         own = {
-            dim: [_corrections(born, step, beta).to(parameter) for beta in (beta1, beta2)]
+            # Of single elements, which are many, only those that were reset.
+            dim: [
+                _corrections(born[born > 0] if dim == FLAT else born, step, beta).to(parameter)
+                for beta in (beta1, beta2)
+            ]
             for dim, born in self._born[name].items()
         }
         for index, (own1, own2) in _blocks(self._born[name], own, parameter):
@@ -166,7 +179,7 @@ def _blocks(
     """
     if FLAT in dims:
         flat = dims[FLAT].nonzero().reshape(-1)
-        return [(torch.unravel_index(flat.to(parameter.device), parameter.shape), [one[flat] for one in own[FLAT]])]
+        return [(torch.unravel_index(flat.to(parameter.device), parameter.shape), own[FLAT])]
     by_row = [one.reshape(-1, *[1] * (parameter.ndim - 1)) for one in own.get(0, [])]
     by_column = [one.reshape(1, -1, *[1] * (parameter.ndim - 2)) for one in own.get(1, [])]
     pairs = zip(by_row, by_column, strict=True)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from lightning_plasticity.interventions.initial import Init, fresh_rows
 from lightning_plasticity.interventions.optimizer_state import FLAT, StepCounts, fill, forget
 from lightning_plasticity.nn import HiddenUnits, Link, Wiring
+from lightning_plasticity.nn.masked_layers import clear_masked, masks_of, stored
 from lightning_plasticity.nn.wiring import row_dim
 
 
@@ -48,7 +49,7 @@ class UnitResets:
         named = {
             f"{name}.{key}": parameter
             for name, child in self._modules.items()
-            for key, parameter in child.named_parameters(recurse=False)
+            for key, parameter in _own_parameters(child).items()
         }
         self.steps = StepCounts(named) if restart_steps else None
         if self.steps is not None:
@@ -81,7 +82,7 @@ class UnitResets:
                 over what the units contributed on average.
 
         Returns:
-            The new incoming weights, (K, ...).
+            The new incoming weights, (K, ...); zero where masked.
         """
         hidden = self.wiring.layers[layer]
         target = self._modules[layer]
@@ -92,6 +93,7 @@ class UnitResets:
                 self._hand_over(link, units, mean)
         rows = fresh_rows(target, units.cpu(), self.generator, self.init, self.gain)
         weight.movedim(row_dim(target), 0)[units] = rows
+        clear_masked(target)
         self._forget(target, "weight", row_dim(target), units)
         if target.bias is not None:
             self._fill(target, "bias", 0, units, 0.0)
@@ -99,7 +101,7 @@ class UnitResets:
         for link in hidden.readers:
             reader = self._modules[link.module]
             self._fill(reader, "weight", 1 - row_dim(reader), _owned(link, units), 0.0)
-        return rows
+        return weight.movedim(row_dim(target), 0)[units]
 
     def _hand_over(self, link: Link, units: Tensor, mean: Tensor) -> None:
         reader = self._modules[link.module]
@@ -127,11 +129,11 @@ class UnitResets:
                     fill(buffer, 0, entries, value)
 
     def _fill(self, module: nn.Module, key: str, dim: int, indices: Tensor, value: float) -> None:
-        fill(getattr(module, key), dim, indices, value)
+        fill(stored(module, key), dim, indices, value)
         self._forget(module, key, dim, indices)
 
     def _forget(self, module: nn.Module, key: str, dim: int, indices: Tensor) -> None:
-        parameter = getattr(module, key)
+        parameter = stored(module, key)
         forget(self.optimizers, parameter, dim, indices)
         if self.steps is not None:
             self.steps.restart(self.optimizers, parameter, dim, indices)
@@ -150,9 +152,14 @@ class UnitResets:
 
 
 def _weight(layer: nn.Module) -> Tensor:
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
+    weight = stored(layer)
+    assert isinstance(weight, nn.Parameter), "neither dense nor under a mask; find_wiring and told_wiring refuse it"
     return weight
+
+
+def _own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    masked = {name: stored(module, name) for name in masks_of(module)}
+    return masked | dict(module.named_parameters(recurse=False))
 
 
 def _owned(link: Link, units: Tensor) -> Tensor:

@@ -146,7 +146,11 @@ def named_layers(module: nn.Module, patterns: Sequence[str]) -> list[HiddenLayer
     if isinstance(patterns, str):
         raise TypeError(f"layers={patterns!r} is one string, expected a list of names; write layers=[{patterns!r}].")
     modules = {name: child for name, child in module.named_modules(remove_duplicate=False) if name}
-    once = [name for name, child in module.named_modules() if name and not isinstance(child, _NEVER_CALLED)]
+    once = [
+        name
+        for name, child in module.named_modules()
+        if name and not isinstance(child, _NEVER_CALLED) and PARAMETRIZATIONS not in name.split(".")
+    ]
     found: dict[str, HiddenLayer] = {}
     for pattern in patterns:
         base, at_input = pattern, False
@@ -164,6 +168,7 @@ def named_layers(module: nn.Module, patterns: Sequence[str]) -> list[HiddenLayer
     return list(found.values())
 
 
+PARAMETRIZATIONS = "parametrizations"  # modules below make weights, not activations
 _NEVER_CALLED = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
@@ -292,7 +297,7 @@ def _blocks(module: nn.Module) -> set[str]:
         if not isinstance(parent, nn.Sequential | nn.ModuleList):
             continue
         for key, child in parent.named_children():
-            nested = any(True for _ in child.children())
+            nested = any(part != PARAMETRIZATIONS for part, _ in child.named_children())
             if nested and any(True for _ in child.parameters()):
                 found[f"{name}.{key}" if name else key] = (parent, child)
     types = Counter(type(child) for _, child in found.values())

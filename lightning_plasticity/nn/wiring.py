@@ -10,6 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from lightning_plasticity.nn.masked_layers import masks_of
+
 CONVOLUTIONS = (nn.modules.conv._ConvNd,)
 NORMS = (
     nn.modules.batchnorm._BatchNorm,
@@ -142,6 +144,11 @@ def _checked(modules: Mapping[str, nn.Module], name: str, types: tuple[type[nn.M
         raise ValueError(
             f"wiring: {name!r} is a {type(modules[name]).__name__}, expected one of "
             f"{', '.join(sorted({kind.__name__.strip('_') for kind in types}))}."
+        )
+    if "weight" not in modules[name]._parameters and not masks_of(modules[name]):
+        raise ValueError(
+            f"wiring: the weight of {name!r} is computed from others (a parametrization, prune, weight_norm), expected "
+            "one that can be written to: plain or under a Mask."
         )
     return modules[name]
 

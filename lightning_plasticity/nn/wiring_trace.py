@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from lightning_plasticity.nn.masked_layers import masks_of, stored
 from lightning_plasticity.nn.unit_labels import (
     FRESH,
     MOVES,
@@ -52,9 +53,10 @@ class _Tracer(TorchFunctionMode):
         self.norms: dict[int, str] = {}
         self.tied: set[str] = set()
         for name, child in self.modules.items():
-            if isinstance(child, (nn.Linear, *CONVOLUTIONS)) and child._parameters.get("weight") is not None:
-                self.weights[id(child.weight)] = name
-                if any(len(users[id(own)]) > 1 for own in child._parameters.values() if own is not None):
+            if isinstance(child, (nn.Linear, *CONVOLUTIONS)) and own_weight(child) is not None:
+                weight = own_weight(child)
+                self.weights[id(weight)] = name
+                if any(len(users[id(own)]) > 1 for own in (weight, *child._parameters.values()) if own is not None):
                     self.tied.add(name)
             elif isinstance(child, NORMS):
                 parts = [child._parameters.get(k) for k in ("weight", "bias")] + [child._buffers.get("running_mean")]
@@ -80,6 +82,9 @@ class _Tracer(TorchFunctionMode):
         if name == "__get__":
             name = getattr(func.__self__, "__name__", "")
         name = name.strip("_")
+        if name == "masked_fill" and id(args[0]) in self.weights:  # a weight under its mask
+            self.keep.append(result)
+            self.weights[id(result)] = self.weights[id(args[0])]
         if name in WEIGHT_CALLS and self._weight_call(name, args, kwargs, result):
             return result
         sources = [self.followed[id(t)] for t in nested_tensors((args, kwargs)) if id(t) in self.followed]
@@ -270,7 +275,7 @@ class _Tracer(TorchFunctionMode):
             if name in readers and name not in self.unsupported
         }
         for name, child in self.modules.items():
-            own = [p for p in child._parameters.values() if p is not None]
+            own = [p for p in child._parameters.values() if p is not None and id(p) not in self.weights]
             if isinstance(child, (nn.Linear, *CONVOLUTIONS)):
                 if name not in self.bases:
                     why = "it was not called as a layer with its own weight (shared, parametrised, or not reached)"
@@ -280,7 +285,9 @@ class _Tracer(TorchFunctionMode):
         return Wiring(layers, self.unsupported, outputs, order)
 
     def _faults(self, name: str, links: list[Link], frozen: set[int]) -> dict[str, str]:
-        stuck = [part for part in (name, *(link.module for link in links)) if id(self.modules[part].weight) in frozen]
+        stuck = [
+            part for part in (name, *(link.module for link in links)) if id(own_weight(self.modules[part])) in frozen
+        ]
         return {name: f"the weight of {stuck[0]} is frozen"} if stuck else {}
 
     def _links(self, rows: dict[str, Tensor]) -> dict[str, list[Link]]:
@@ -296,13 +303,18 @@ class _Tracer(TorchFunctionMode):
         return links
 
 
+def own_weight(layer: nn.Module) -> Any:
+    """The parameter that is a layer's weight, or that its mask masks; None where it is computed in other ways."""
+    return stored(layer) if "weight" in masks_of(layer) else layer._parameters.get("weight")
+
+
 def find_wiring(module: nn.Module, run: Callable[[], object]) -> Wiring:
     """Trace the wiring of hidden units through sequential, branching and residual networks.
 
     Followed: Linear and convolutions, activations, norms, dropout, pooling, flattening, concatenation and other moves
     of values. Left alone, with the reason: units that are added to or multiplied with others (the stream of a residual
     network; the layers inside its branches are followed), that attention or a recurrent layer reads, tied, frozen,
-    parametrised and grouped weights. Call it under ``undisturbed``.
+    parametrised (masks excepted) and grouped weights. Call it under ``undisturbed``.
 
     Args:
         module: the network.

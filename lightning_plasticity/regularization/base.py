@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lightning_plasticity.nn.masks import find_masks
+
 
 class Regularizer:
     """Base of all regularisers; override the one method that says where it acts.
@@ -101,12 +103,17 @@ def check_params(params: Any) -> list[str] | None:
     return list(params)
 
 
-def chosen_parameters(module: nn.Module, params: Sequence[str] | None) -> Iterator[tuple[str, nn.Parameter]]:
-    """Trainable parameters that exist by now, by name, each once; of a compiled module under its own names."""
-    for name, parameter in module.named_parameters():
-        name = name.replace("_orig_mod.", "")
+def chosen_parameters(module: nn.Module, params: Sequence[str] | None) -> Iterator[tuple[str, Tensor]]:
+    """Trainable parameters that exist by now, by name, each once; of a compiled module under its own names.
+
+    Those under a mask are masked, so that no gradient reaches entries that the network does not use.
+    """
+    masks = find_masks(module)
+    for full_name, parameter in module.named_parameters():
+        name = full_name.replace("_orig_mod.", "")
         if parameter.requires_grad and not is_lazy(parameter) and (params is None or _matches(name, params)):
-            yield name, parameter
+            mask = masks.get(full_name)
+            yield name, parameter if mask is None else parameter.masked_fill(~mask, 0.0)
 
 
 def check_names(module: nn.Module, params: Sequence[str] | None) -> None:

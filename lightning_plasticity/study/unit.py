@@ -113,8 +113,8 @@ def assemble(unit: Unit, directory: Path) -> Parts:
     made = makers(settings, f"{unit.method}: ")
     module = made["module"][0]()
     for transform in made["transforms"]:
-        changed = transform(module)
-        module = module if changed is None else changed
+        changed = transform(module, seed=unit.seed)
+        module = changed if isinstance(changed, torch.nn.Module) else module
     for optimizer in made["optimizer"]:
         module.configure_optimizers = partial(own_optimizer, module, optimizer.target, optimizer.arguments())
     stream = made["stream"][0](seed=unit.seed)

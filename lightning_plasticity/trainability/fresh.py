@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_plasticity.curvature import MeasurementError
+from lightning_plasticity.nn.masked_layers import without_masks
 
 FreshInit = Callable[[Any], Any]
 
@@ -18,16 +19,22 @@ def reinitialize(module: nn.Module, fresh: FreshInit | None = None) -> None:
 
     Each submodule's own ``reset_parameters`` (or ``_reset_parameters``) is called, inner modules first, as constructors
     do. BatchNorm's does its running statistics too; other buffers and frozen parameters stay as they are. An
-    initialisation that the user's ``__init__`` applies afterwards is not known: pass it as ``fresh``.
+    initialisation that the user's ``__init__`` applies afterwards is not known: pass it as ``fresh``. Weights under a
+    ``Mask`` get the fresh values of a dense weight, masked as before.
 
     Args:
         module: any module; changed in place.
         fresh: ``fresh(module)`` initialises the module in place and returns None, or returns a new module of the same
-            architecture, whose parameters and buffers are taken.
+            architecture, whose parameters and buffers are taken; its masks, if any, are not.
 
     Raises:
         MeasurementError: for trainable parameters that no ``reset_parameters`` has set; it names them.
     """
+    with without_masks(module):
+        _reinitialize(module, fresh)
+
+
+def _reinitialize(module: nn.Module, fresh: FreshInit | None) -> None:
     if fresh is not None:
         built = fresh(module)
         if isinstance(built, nn.Module) and built is not module:
@@ -56,6 +63,7 @@ def reinitialize(module: nn.Module, fresh: FreshInit | None = None) -> None:
 def _take(module: nn.Module, built: nn.Module) -> None:
     """Parameters and buffers of another module of the same architecture."""
     try:
-        module.load_state_dict(built.state_dict())
+        with without_masks(built):
+            module.load_state_dict(built.state_dict())
     except RuntimeError as error:
         raise MeasurementError(f"fresh= returned a module of another architecture: {error}") from error

@@ -34,6 +34,8 @@ EXAMPLES: dict[tuple[str, str], list[Any]] = {
     ("PlasticityAlert", "fraction"): [0.25, 1],
     ("PlasticityAlert", "on_alert"): [None, REDO, [REDO, SHRINK]],
     ("ShrinkAndPerturb", "shrink"): [0.25, 1],
+    ("SparseTopology", "density"): [0.25, 1],
+    ("SparseTopology", "drop_fraction"): [0.25, 1],
     ("SpectralNorm", "bias_exponent"): [2.5, 3],
     ("SpectralNorm", "k"): [2.5, 3],
 }

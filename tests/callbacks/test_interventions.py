@@ -33,6 +33,7 @@ from lightning_plasticity import (
     PlasticityAlert,
     ReDo,
     ShrinkAndPerturb,
+    SparseTopology,
     TaskTracker,
 )
 from lightning_plasticity.interventions import ContinualBackpropEngine, ReDoEngine
@@ -55,6 +56,18 @@ INTERVENTIONS: dict[str, Make] = {
     "last two": lambda: [tasks(), LayerReset(2, reset_optimizer=False)],
     "all": lambda: [tasks(), LayerReset("all")],
     "named": lambda: [tasks(), LayerReset(["net.2"], init="zero")],
+    "static": lambda: [SparseTopology(0.4)],
+    "set": lambda: [SparseTopology(0.4, method="set", every_n_steps=3, init="default")],
+    "set, epochs": lambda: [SparseTopology(0.4, method="set", every_n_steps=None)],
+    "rigl": lambda: [SparseTopology(0.4, method="rigl", every_n_steps=2, end_step=20)],
+    "cbp, head": lambda: [*INTERVENTIONS["cbp"](), tasks(), LayerReset()],
+    "rigl, remedies": lambda: [
+        SparseTopology(0.6, method="rigl", every_n_steps=2),
+        ContinualBackprop(0.05, maturity=2, decay=0.9),
+        tasks(),
+        ShrinkAndPerturb(),
+        LayerReset(),
+    ],
 }
 EACH = pytest.mark.parametrize("name", INTERVENTIONS)
 
@@ -97,7 +110,7 @@ def test_a_resumed_run_is_bit_identical(name: str, cut: int, tmp_path: Path) -> 
     assert found["optimizer"] == expected["optimizer"]
 
 
-@pytest.mark.parametrize("name", ["cbp", "redo"])
+@pytest.mark.parametrize("name", ["cbp", "redo", "set, epochs", "rigl"])
 @pytest.mark.parametrize("accumulate", [1, 3])
 def test_resuming_at_an_epochs_end_is_bit_identical(name: str, accumulate: int, tmp_path: Path) -> None:
     options: dict[str, Any] = {"accumulate_grad_batches": accumulate, "max_epochs": 4, "enable_checkpointing": True}
@@ -112,7 +125,7 @@ def test_resuming_at_an_epochs_end_is_bit_identical(name: str, accumulate: int, 
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["cbp", "redo"])
+@pytest.mark.parametrize("name", ["cbp", "redo", "rigl"])
 def test_the_steps_of_a_learning_rate_finder_do_not_count(name: str, tmp_path: Path) -> None:
     outcomes = []
     for found in (False, True):
@@ -232,7 +245,7 @@ def test_beside_l2er_its_own_passes_do_not_count() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
-@pytest.mark.parametrize("name", ["cbp, adaptable", "redo", "shrink, tasks", "all"])
+@pytest.mark.parametrize("name", ["cbp, adaptable", "redo", "shrink, tasks", "all", "rigl"])
 def test_precision(name: str, precision: str) -> None:
     net, before = Net("adam"), weights(Net("adam"))
     fit(net, callbacks=INTERVENTIONS[name](), max_epochs=2, precision=precision)

@@ -30,6 +30,7 @@ from lightning_plasticity import (
     ReDo,
     Regularization,
     ShrinkAndPerturb,
+    SparseTopology,
     SpectralNorm,
     TaskTracker,
     TrainabilityProbe,
@@ -379,6 +380,7 @@ REMEDIES: dict[str, Any] = {
     "redo": lambda: ReDo(0.6, every_n_steps=2, samples=1),
     "shrink": lambda: ShrinkAndPerturb(0.9, 0.05),
     "reset": lambda: LayerReset(2),
+    "rigl": lambda: SparseTopology(0.4, method="rigl", every_n_steps=2),
 }
 
 

@@ -299,7 +299,7 @@ def test_minibatches_that_cannot_be_sent_are_stepped_on_apart_after_a_warning(fo
     assert silent == []
 
 
-@pytest.mark.parametrize("remedy", ["cbp", "redo", "shrink", "reset"])
+@pytest.mark.parametrize("remedy", ["cbp", "redo", "shrink", "reset", "rigl"])
 def test_interventions_of_two_processes_are_those_of_one_on_the_joined_minibatches(found: Any, remedy: str) -> None:
     (one,) = found("remedied", "one")
     first, second = (result[remedy] for result in found("remedied"))

@@ -403,3 +403,27 @@ def test_an_optimizer_in_place_of_the_modules_own(fits: str, tmp_path: Path) -> 
     assert outcome.failures == {}, text
     found = {name.split("/")[1]: value for name, value in weights(tmp_path).items()}
     assert found["given"] == found["by_hand"] != found["plain"]
+
+
+@pytest.mark.parametrize("fits", ["per_task", "one"])
+def test_sparse_methods_by_transform_and_by_callback(fits: str, tmp_path: Path) -> None:
+    """The masks of a transform have the unit's seed, as the callback's; both survive a module that is pickled."""
+    density = {"density": 0.5}
+    methods = {
+        "transform": {"transforms": [{"class_path": "lightning_plasticity.sparsity.sparsify", "init_args": density}]},
+        "static": {"callbacks": [{"class_path": "lightning_plasticity.SparseTopology", "init_args": density}]},
+        "rigl": {
+            "callbacks": [
+                {
+                    "class_path": "lightning_plasticity.SparseTopology",
+                    "init_args": density | {"method": "rigl", "every_n_steps": 1},
+                }
+            ]
+        },
+    }
+    run(tmp_path, plain_study(fits=fits, methods=methods))
+    found = weights(tmp_path)
+    for seed in (0, 1):
+        transform, static, rigl = (found[f"units/{name}/seed{seed}/result.json"] for name in methods)
+        assert transform == static != rigl
+    assert found["units/static/seed0/result.json"] != found["units/static/seed1/result.json"]
