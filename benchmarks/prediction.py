@@ -21,7 +21,19 @@ from lightning_plasticity.study.prediction.alarm import FIRST_TASK
 
 FIXED = {"features/srank": 0.946, "online_accuracy": 0.87}
 ORDER = ("ggn/eps_rank_0.01", "ggn/relative_eps_rank_0.001", "features/effective_rank", "features/srank")
-SHOWN = ("pooled_1", "within_1", "partial_1", "pooled_2", "within_2", "partial_2", "detected", "lead", "false_alarms")
+SHOWN = (
+    "pooled_1",
+    "last_pooled_1",
+    "within_1",
+    "last_within_1",
+    "partial_1",
+    "pooled_2",
+    "within_2",
+    "partial_2",
+    "detected",
+    "lead",
+    "false_alarms",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from functools import partial
 from typing import Any
-from weakref import ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -22,6 +22,8 @@ from lightning_plasticity.callbacks.task_tracker import TaskTracker
 from lightning_plasticity.curvature import LossClosure
 from lightning_plasticity.loggers import log_scalars
 from lightning_plasticity.nn import Wiring, find_wiring, told_wiring, undisturbed
+
+_JOINED: WeakKeyDictionary[Any, WeakSet[Any]] = WeakKeyDictionary()  # by Trainer: what its alerts brought along
 
 
 class Intervention(FewHooks):
@@ -44,6 +46,7 @@ class Intervention(FewHooks):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Share the Trainer's task tracker; refuse strategies that split weights over processes."""
+        self.on_demand = self in _JOINED.get(trainer, ())
         self._tracker = TaskTracker.attach(trainer, self._tracker)
         if stage == "fit":
             refuse_sharded_interventions(trainer, type(self).__name__)
@@ -84,7 +87,13 @@ def join(trainer: Any, pl_module: LightningModule, stage: str, intervention: Any
     """
     if not isinstance(intervention, Intervention) or intervention in trainer.callbacks:
         return
-    intervention.on_demand = True
+    same = [type(c).__name__ for c in trainer.callbacks if getattr(c, "state_key", None) == intervention.state_key]
+    if same:
+        raise ValueError(
+            f"Two callbacks {same[0]} with equal settings, one of them called by another callback, could not be told "
+            "apart in a checkpoint. Pass one object to both places, or give them another threshold, layers or when=."
+        )
+    _JOINED.setdefault(trainer, WeakSet()).add(intervention)
     trainer.callbacks = [*trainer.callbacks, intervention]  # Lightning may be iterating over the present list
     intervention.setup(trainer, pl_module, stage)
 

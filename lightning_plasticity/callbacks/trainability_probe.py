@@ -241,6 +241,12 @@ class TrainabilityProbe(BoundaryMonitor):
                 "The module's optimizers step pieces of its weights, and what is measured is a whole copy; pass "
                 "optimizer=, a function of the parameters such as functools.partial(torch.optim.SGD, lr=0.1)."
             )
+        rates = [float(group["lr"]) for optimizer in found for group in optimizer.param_groups if "lr" in group]
+        if rates and not any(rates):
+            raise MeasurementError(
+                "All learning rates are 0 at this moment, as a warm-up begins, and nothing would move; pass "
+                "optimizer=, a function of the parameters such as functools.partial(torch.optim.SGD, lr=0.1)."
+            )
         return found
 
     def _batch_size(self, measured: Measured) -> int | None:

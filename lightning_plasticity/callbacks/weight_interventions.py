@@ -10,7 +10,13 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_plasticity.callbacks.arguments import choice, whole_number
 from lightning_plasticity.callbacks.intervention import Intervention, check_number, traced_wiring
 from lightning_plasticity.interventions import reset_layers, shrink_and_perturb
-from lightning_plasticity.interventions.layer_reset import LayerInit, last_layers, named_resets, resettable
+from lightning_plasticity.interventions.layer_reset import (
+    LayerInit,
+    last_layers,
+    named_resets,
+    refuse_derived,
+    resettable,
+)
 from lightning_plasticity.interventions.optimizer_state import forget_all
 from lightning_plasticity.interventions.shrink_and_perturb import chosen_parameters
 from lightning_plasticity.nn.masked_layers import clear_masked
@@ -191,12 +197,14 @@ class LayerReset(SeededIntervention):
             self._names = resettable(pl_module)
         elif isinstance(self.layers, list):
             self._names = named_resets(pl_module, self.layers)
+        refuse_derived(pl_module, self._names or [])
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Find the other layers on the first batch."""
         if self._names is None and not isinstance(self.layers, list):
             wiring = traced_wiring(pl_module, batch)
             self._names = last_layers(wiring, self.layers if isinstance(self.layers, int) else "head")
+            refuse_derived(pl_module, self._names)
 
     def on_task_start(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
         """Act at a boundary, before the monitors see the weights the task begins with."""

@@ -8,11 +8,13 @@ from typing import Literal
 
 import torch
 from torch import Generator, nn
+from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from lightning_plasticity.interventions.initial import reset_parameters, resetter
 from lightning_plasticity.interventions.optimizer_state import forget_all
 from lightning_plasticity.nn import Wiring
+from lightning_plasticity.nn.masks import Mask
 
 LayerInit = Literal["default", "zero"]
 
@@ -50,6 +52,33 @@ def reset_layers(
                 for parameter in layer.parameters():
                     parameter.zero_()
         forget_all(optimizers, layer.parameters())
+
+
+def refuse_derived(module: nn.Module, names: Sequence[str]) -> None:
+    """Refuse layers whose weights are computed from other parameters, which ``reset_parameters`` does not reach.
+
+    Raises:
+        ValueError: names them; masks are no such thing.
+    """
+    derived = []
+    for name in names:
+        for path, part in module.get_submodule(name).named_modules(prefix=name):
+            chains = part.parametrizations.items() if parametrize.is_parametrized(part) else ()
+            roles = [role for role, chain in chains if not (len(chain) == 1 and isinstance(chain[0], Mask))]
+            own = part._parameters
+            roles += [key.removesuffix(end) for key in own for end in ("_orig", "_v") if _hidden(part, key, end)]
+            derived += [f"{path}.{role}" for role in roles]
+    if derived:
+        raise ValueError(
+            f"{', '.join(derived)}: computed from other parameters (weight norm, spectral norm, pruning), so that "
+            "reset_parameters would change nothing; name other layers, or remove the parametrization."
+        )
+
+
+def _hidden(part: nn.Module, key: str, end: str) -> bool:
+    """Whether a parameter stands behind an attribute that hooks compute, as old weight norm and pruning have it."""
+    role = key.removesuffix(end)
+    return key.endswith(end) and role not in part._parameters and hasattr(part, role)
 
 
 def resettable(module: nn.Module) -> list[str]:

@@ -6,6 +6,7 @@ import copy
 import csv
 import pickle
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -526,3 +527,41 @@ def test_outcome_of_a_fit_leaves_no_hooks_behind() -> None:
     run = fit(net, callbacks=[*INTERVENTIONS["cbp"](), *INTERVENTIONS["redo"]()])
     assert not any(child._forward_pre_hooks for child in net.modules())
     assert not run.optimizers[0]._optimizer_step_post_hooks
+
+
+def test_what_one_trainers_alert_brought_along_keeps_its_schedule_in_another() -> None:
+    remedy = ShrinkAndPerturb(0.0, 0.0)
+    alert = PlasticityAlert("plasticity/weights/norm", bad="high", fraction=100.0, on_alert=remedy)
+    quiet, plain = Net("adam"), Net("adam")
+    fit(quiet, callbacks=[tasks(), FeatureRankMonitor(probe_samples=12), alert])
+    fit(plain)
+    assert torch.equal(weights(quiet), weights(plain))
+    watch = Before()
+    fit(quiet, callbacks=[TaskTracker(EveryNSteps(4)), watch, remedy])
+    assert weights(plain).any()
+    assert not watch.at_start[1].any()
+
+
+def test_two_of_one_kind_that_a_checkpoint_could_not_tell_apart_are_refused() -> None:
+    alert = PlasticityAlert(on_alert=ShrinkAndPerturb(noise=0.1))
+    with pytest.raises(ValueError, match="Two callbacks ShrinkAndPerturb with equal settings"):
+        fit(Net(), callbacks=[FeatureRankMonitor(probe_samples=12), ShrinkAndPerturb(), alert])
+    both = ShrinkAndPerturb()
+    fit(Net(), callbacks=[FeatureRankMonitor(probe_samples=12), both, PlasticityAlert(on_alert=both)])
+
+
+@pytest.mark.parametrize("kind", ["weight_norm", "spectral_norm", "old_weight_norm", "prune"])
+@pytest.mark.parametrize("layers", ["all", "head", ["net.4"]])
+def test_layers_whose_weights_are_computed_cannot_be_reset(kind: str, layers: Any) -> None:
+    net = Net()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the old one is deprecated
+        {
+            "weight_norm": torch.nn.utils.parametrizations.weight_norm,
+            "spectral_norm": torch.nn.utils.parametrizations.spectral_norm,
+            "old_weight_norm": torch.nn.utils.weight_norm,
+            "prune": lambda layer: torch.nn.utils.prune.random_unstructured(layer, "weight", 0.5),
+        }[kind](net.net[4])
+    with pytest.raises(ValueError, match=r"net\.4\.weight: computed from other parameters|net\.4: left alone, it was not called as a layer"):
+        fit(net, callbacks=[LayerReset(layers)])
+    fit(net, callbacks=[LayerReset(["net.0"])])

@@ -200,6 +200,13 @@ class Without(Net):
         return None
 
 
+class WarmingUp(Net):
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
 class TwoLosses(Net):
     def __init__(self) -> None:
         super().__init__()
@@ -244,6 +251,16 @@ def test_what_cannot_be_probed_is_told_once_and_training_goes_on(make: Any, matc
     assert end.failure is not None
     assert re.search(match, start.failure)
     torch.testing.assert_close(weights(net), weights(plain), rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_warm_up_that_begins_at_zero_is_no_trainability() -> None:
+    watching = probe(on_error="warn", when=("start", "end"))
+    (warning,) = told(WarmingUp(), watching)
+    assert "All learning rates are 0 at this moment" in warning
+    start, end = watching.records
+    assert start.failure is not None
+    assert end.failure is None
+    assert values(end)["best_loss"] < values(end)["initial_loss"]
 
 
 def test_a_module_without_optimizer_is_probed_with_a_given_one() -> None:
