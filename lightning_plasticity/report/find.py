@@ -117,7 +117,8 @@ def _logs(root: Path) -> list[Run]:
         if isinstance(numbers, dict) and isinstance(numbers.get("online_accuracy"), list):
             run.rows = {k: {"online_accuracy": _number(x)} for k, x in enumerate(numbers["online_accuracy"])}
         runs.append(run)
-    return runs
+    order = list(summary) if isinstance(summary, dict) else []
+    return sorted(runs, key=lambda run: order.index(run.group) if run.group in order else len(order))
 
 
 def _read(directory: Path, group: str, name: str) -> Run:
@@ -126,7 +127,7 @@ def _read(directory: Path, group: str, name: str) -> Run:
     for line in plain:
         try:
             records.append(_record(line))
-        except (TypeError, ValueError, KeyError):
+        except (TypeError, ValueError, KeyError, OverflowError):
             bad += 1
     if bad:
         problems.append(f"{directory / FILE_NAME}: {bad} line(s) are no records of this package and were left out.")

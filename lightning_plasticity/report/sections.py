@@ -86,14 +86,13 @@ SECTIONS = (
         "Dead: the share of units that are 0 on every probe sample; they pass no gradient on. Dormant: the share "
         "with a mean activation of at most tau times the layer's (the number in the name).",
         "A unit that is silent on a few hundred samples may live on more. Networks without ReLU have dormant units "
-        "but no dead ones. Healthy sparse networks have many.",
+        "but no dead ones.",
     ),
     Section(
         "weights",
         "Weight norms",
         (r"weights/.*",),
-        "2-norm of each layer's weight, and of all together. Growing weights make sharper, more confident outputs "
-        "and smaller relative steps.",
+        "2-norm of each layer's weight, and of all together. In long training without regularisation they tend to grow.",
         "The norm does not predict the next task's accuracy: in our studies its sign depended on the stream and on "
         "the method. Behind a normalisation layer the scale of a weight does not change the function.",
     ),
