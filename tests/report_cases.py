@@ -70,7 +70,9 @@ def write_study(root: Path, methods: tuple[str, ...] = ("plain", "other"), num_s
 
 def data_of(page: Path) -> dict[str, Any]:
     """The JSON that the figures are drawn from, as a browser would find it."""
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.S)
+    found = re.search(
+        r'<script type="application/json" id="data">(.*?)</script>', page.read_text(encoding="utf-8"), re.S
+    )
     assert found
     data: dict[str, Any] = json.loads(found[1])
     return data

@@ -92,7 +92,7 @@ SECTIONS = (
         "weights",
         "Weight norms",
         (r"weights/.*",),
-        "2-norm of each layer's weight, and of all together. In long training without regularisation they tend to grow.",
+        "2-norm of each layer's weight, and of all together. In long training without a regulariser they tend to grow.",
         "The norm does not predict the next task's accuracy: in our studies its sign depended on the stream and on "
         "the method. Behind a normalisation layer the scale of a weight does not change the function.",
     ),

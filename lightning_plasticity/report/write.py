@@ -20,6 +20,7 @@ from lightning_plasticity.report.series import Line, lines_by_measure, to_json
 
 Directory = str | os.PathLike[str]
 REPORT = "report.html"
+MAX_LISTED = 12  # tasks in a sentence
 
 
 def write_report(directories: Directory | Sequence[Directory], out: Directory) -> Path:
@@ -106,10 +107,17 @@ def _problems(run: Run) -> list[str]:
             failed.setdefault((record.monitor, record.failure), []).append(where)
     texts = [f"{run.name}: {text}" for text in run.problems]
     return texts + [
-        f"{run.name}: {monitor} at {len(where)} boundary(ies), task {', '.join(where[:12])}"
-        f"{', ...' if len(where) > 12 else ''}: {why}"
+        f"{run.name}: {monitor} at {_times(len(where), 'task boundary', 'task boundaries')}, task {_some(where)}: {why}"
         for (monitor, why), where in failed.items()
     ]
+
+
+def _times(count: int, one: str, many: str) -> str:
+    return f"{count} {one if count == 1 else many}"
+
+
+def _some(texts: Sequence[str]) -> str:
+    return ", ".join(texts[:MAX_LISTED]) + (", ..." if len(texts) > MAX_LISTED else "")
 
 
 def _card(
@@ -120,7 +128,8 @@ def _card(
     span = f"{tasks[0]}" if len(set(tasks)) == 1 else f"{min(tasks)} to {max(tasks)}"
     failures = sum(record.failure is not None for run in runs for record in run.records)
     records = sum(len(run.records) for run in runs)
-    notes = [f"{len(runs)} run{'s' * (len(runs) != 1)}, {span} task{'s' * (span != '1')}, {records} measurements."]
+    counts = _times(len(runs), "run", "runs"), _times(records, "measurement", "measurements")
+    notes = [f"{counts[0]}, {span} task{'s' * (span != '1')}, {counts[1]}."]
     if len(runs) > 1 and facts:
         notes.append("Means over runs; best is the mean of each run's own best, ratio the mean of their ratios.")
     if not facts:
@@ -128,11 +137,14 @@ def _card(
     if not any(run.rows for run in runs):
         notes.append("Accuracy is not known: records do not hold it; a study and the demo write it down.")
     if failures:
-        notes.append(f"{failures} measurement(s) failed, in whole or in part; the causes are listed below.")
+        notes.append(
+            f"{_times(failures, 'measurement', 'measurements')} failed, in whole or in part; causes are below."
+        )
     for alert in (alert for alert in alerts if alert["group"] == name):
-        sounded = [task + 1 for task, on in zip(alert["tasks"], alert["active"], strict=True) if on]
+        sounded = [str(task + 1) for task, on in zip(alert["tasks"], alert["active"], strict=True) if on]
         whose = f"{alert['run']}: " if len(runs) > 1 else ""
-        at = f"sounded at task {', '.join(map(str, sounded))}" if sounded else "did not sound"
+        times = _times(len(sounded), "time", "times")
+        at = f"sounded {times}, at task {_some(sounded)}" if sounded else "did not sound"
         limit = "" if alert["fraction"] is None else f" at {alert['fraction']:g} of it"
         notes.append(f"{whose}alert on {alert['measure']} against {alert['against']}{limit} {at}.")
     return {"name": name, "facts": facts, "notes": notes}

@@ -51,7 +51,9 @@ def run_study(
     reference: str | None = None,
     console: Console | None = None,
 ) -> Outcome:
-    """Run what is not finished, then write ``results.csv``, ``results.jsonl``, ``comparison.txt``, ``plots/`` and ``report.html``.
+    """Run what is not finished, then write ``results.csv``, ``results.jsonl``, ``comparison.txt`` and ``plots/``.
+
+    Where plotly is installed there is a ``report.html`` of all of it too.
 
     Args:
         study: from ``load_study``.

@@ -52,8 +52,8 @@ def test_only_failures_are_listed_once_each_with_their_tasks(tmp_path: Path) -> 
     (tmp_path / "plasticity.jsonl").write_text("".join(lines))
     data, text = report(tmp_path)
     assert data["sections"] == []
-    assert "M at 3 boundary(ies), task 1 (start), 2 (start), 3 (start): RuntimeError: weights hold NaN" in text
-    assert "3 measurement(s) failed" in text
+    assert "M at 3 task boundaries, task 1 (start), 2 (start), 3 (start): RuntimeError: weights hold NaN" in text
+    assert "3 measurements failed" in text
 
 
 def test_values_that_are_not_finite_stay_gaps(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_spectra_that_are_gone_or_broken_are_named(tmp_path: Path) -> None:
 def test_one_task(tmp_path: Path) -> None:
     data, text = report(write_run(tmp_path / "run", num_tasks=1))
     assert option_of(data, "weights/norm")["lines"][0]["value"] == [3]
-    assert "1 run, 1 task, 1 measurements." in text
+    assert "1 run, 1 task, 1 measurement." in text
 
 
 def test_names_from_outside_stay_text(tmp_path: Path) -> None:
@@ -144,7 +144,14 @@ def test_a_study_that_is_half_done(tmp_path: Path) -> None:
 
 def test_a_study_whose_units_are_gone(tmp_path: Path) -> None:
     rows = [
-        {"method": "a", "seed": s, "task": t, "ggn/eps_rank_0.01": 5 + s + t, "ggn/eps_rank_0.01_lower": 4, "loss": None}
+        {
+            "method": "a",
+            "seed": s,
+            "task": t,
+            "ggn/eps_rank_0.01": 5 + s + t,
+            "ggn/eps_rank_0.01_lower": 4,
+            "loss": None,
+        }
         for s in range(2)
         for t in range(3)
     ]

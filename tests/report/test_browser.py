@@ -15,10 +15,21 @@ from report_cases import data_of, write_run, write_study
 from lightning_plasticity.report import write_report
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-QUIET = (
-    "--headless --hide-scrollbars --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --enable-logging=stderr --v=0"
-).split()
+QUIET = [
+    "--headless",
+    "--hide-scrollbars",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--enable-logging=stderr",
+    "--v=0",
+    "--virtual-time-budget=15000",
+]
 # Opens all tables, then tells the page around it how wide the report is, and what it has drawn.
 PROBE = """<script>addEventListener("load", () => {
   document.querySelectorAll("details").forEach((one) => { one.open = true; });
@@ -34,7 +45,9 @@ PROBE = """<script>addEventListener("load", () => {
 FRAME = """<body><iframe src="{name}" style="width:380px;height:9000px;border:0"></iframe>
 <script>onmessage = (e) => {{ document.title = JSON.stringify(e.data); }}</script></body>"""
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium on this machine (Debian: apt-get install chromium)"
+)
 
 
 def opened(page: Path, *options: str) -> tuple[dict[str, Any], list[str]]:
@@ -47,8 +60,15 @@ def opened(page: Path, *options: str) -> tuple[dict[str, Any], list[str]]:
     profile = page.with_name("profile")
     assert CHROMIUM
     done = subprocess.run(
-        [CHROMIUM, *QUIET, f"--user-data-dir={profile}", "--virtual-time-budget=15000", "--window-size=600,9100"]
-        + [*options, "--dump-dom", frame.as_uri()],
+        [
+            CHROMIUM,
+            *QUIET,
+            *options,
+            f"--user-data-dir={profile}",
+            "--window-size=600,9100",
+            "--dump-dom",
+            frame.as_uri(),
+        ],
         capture_output=True,
         text=True,
         timeout=120,

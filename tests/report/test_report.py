@@ -42,7 +42,10 @@ def test_values_and_intervals_of_one_run_are_those_of_the_records(run: tuple[Pat
 
 def test_seeds_are_a_mean_with_students_interval(study: Path) -> None:
     data = data_of(study)
-    for measure, start, slope, step in (("hessian/eps_rank_0.01", 20.0, -1.0, 1.0), ("online_accuracy", 0.9, -0.1, 0.01)):
+    for measure, start, slope, step in (
+        ("hessian/eps_rank_0.01", 20.0, -1.0, 1.0),
+        ("online_accuracy", 0.9, -0.1, 0.01),
+    ):
         lines = option_of(data, measure)["lines"]
         assert [line["group"] for line in lines] == ["plain", "other"]
         for line in lines:
@@ -82,7 +85,7 @@ def test_alerts_are_on_the_time_line(run: tuple[Path, Path]) -> None:
     assert alert["ratio"] == pytest.approx([7 / 9, 6 / 9], rel=1e-5)
     assert alert["active"] == [False, True]
     assert alert["fraction"] == 0.7
-    assert "alert on features/srank against best at 0.7 of it sounded at task 4." in Seen(run[1]).text
+    assert "alert on features/srank against best at 0.7 of it sounded 1 time, at task 4." in Seen(run[1]).text
 
 
 def test_cards_say_last_and_best_and_at_which_task(run: tuple[Path, Path]) -> None:
@@ -103,7 +106,9 @@ def test_page_can_be_walked_without_a_mouse(study: Path) -> None:
     assert "#main" in targets
     assert all(target is not None and target.removeprefix("#") in ids for target in targets)
     assert tags.count("details") >= len([1 for _, a in elements if a.get("class") == "figure"])
-    outside = [value for _, a in elements for key, value in a.items() if key in ("src", "href") and value and "//" in value]
+    outside = [
+        value for _, a in elements for key, value in a.items() if key in ("src", "href") and value and "//" in value
+    ]
     assert not outside  # works offline
 
 

@@ -124,16 +124,18 @@
 
   function drawAlert(place) {
     const alerts = shown(data.alerts);
+    const measures = [...new Set(data.alerts.map((alert) => alert.measure))];
     const plan = layout("value / reference", false);
+    plan.yaxis.rangemode = "normal";
     const limits = [...new Set(alerts.map((alert) => alert.fraction).filter(known))];
     plan.shapes = limits.map((y) => ({ type: "line", xref: "paper", x0: 0, x1: 1, y0: y, y1: y, line: { color: INK[theme()][3], dash: "dot", width: 1.5 } }));
     plot(place, alerts.map((alert) => ({
       x: tasks(alert), y: alert.ratio.map((v) => (known(v) ? v : null)), name: text(`${alert.run}: ${alert.measure}, against ${alert.against}`), mode: "lines+markers",
-      line: { color: colour(alert.group), width: 1.8 },
+      line: { color: colour(alert.group), width: 1.8, dash: DASHES[measures.indexOf(alert.measure) % DASHES.length] },
       marker: { color: colour(alert.group), size: alert.active.map((on) => (on ? 12 : 5)), symbol: alert.active.map((on) => (on ? "triangle-down" : symbol(alert.group))) },
       hovertemplate: "task %{x}: %{y:.4~g}",
     })), plan, "Alerts");
-    legend(place, alerts, [""]);
+    legend(place, alerts, measures);
   }
 
   const peak = (matrix) => Math.max(1, ...data.heat.filter((one) => one.matrix === matrix).flatMap((one) => one.counts.flat()));
