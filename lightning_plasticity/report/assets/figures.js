@@ -1,5 +1,5 @@
 "use strict";
-// Draws the figures and tables from the JSON in the page, when they come into view, in the colours of the theme.
+// Draws the figures and tables from the JSON in the page, in the colours of the theme.
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -215,7 +215,7 @@
     const place = panel.querySelector(".figure");
     const select = panel.querySelector("select");
     const details = panel.querySelector("details");
-    const figure = { place, seen: false };
+    const figure = { seen: false };
     const chosen = () => options[select ? select.selectedIndex : 0];
     figure.draw = () => draw(place, chosen());
     const fill = () => details && details.open && details.querySelector(".scroll").replaceChildren(tabulate(chosen()));
@@ -226,22 +226,12 @@
     if (select) select.addEventListener("change", figure.update);
     if (details) details.addEventListener("toggle", fill);
     figures.push(figure);
-    watcher.observe(place);
   }
 
   const show = (figure) => {
     figure.seen = true;
     figure.draw();
   };
-  const watcher = new IntersectionObserver((entries) => {
-    for (const entry of entries) {
-      const figure = figures.find((one) => one.place === entry.target);
-      if (entry.isIntersecting && figure && !figure.seen) {
-        watcher.unobserve(entry.target);
-        show(figure);
-      }
-    }
-  }, { rootMargin: "400px" });
 
   for (const section of data.sections) {
     add(document.querySelector(`#${section.key} .panel`), section.options, drawOption, (option) => lineTable(shown(option.lines)));
@@ -263,6 +253,13 @@
     });
   });
   dark.addEventListener("change", () => figures.forEach((figure) => figure.update()));
+  // In the order of the page, one at a time, so that it can be read and scrolled meanwhile.
+  (function next() {
+    const figure = figures.find((one) => !one.seen);
+    if (!figure) return;
+    show(figure);
+    setTimeout(next);
+  })();
   addEventListener("beforeprint", () => { printing = true; figures.forEach(show); });
   addEventListener("afterprint", () => { printing = false; figures.forEach(show); });
 })();
