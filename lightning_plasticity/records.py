@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -99,13 +99,20 @@ def read_records(path: str | os.PathLike[str]) -> list[TaskRecord]:
         raise FileNotFoundError(
             f"No {FILE_NAME} at {path}; pass a run's log directory, such as lightning_logs/version_0."
         )
-    found: dict[tuple[str, str, int, str], TaskRecord] = {}
+    found = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             plain = json.loads(line)
         except json.JSONDecodeError:
             continue
-        record = TaskRecord.from_dict(plain)
+        found.append(TaskRecord.from_dict(plain))
+    return latest(found)
+
+
+def latest(records: Iterable[TaskRecord]) -> list[TaskRecord]:
+    """One record for each monitor, task and phase, the last, in the order of time."""
+    found: dict[tuple[str, str, int, str], TaskRecord] = {}
+    for record in records:
         key = (record.monitor, str(record.settings.get("identity")), record.task, record.phase)
         found.pop(key, None)
         found[key] = record

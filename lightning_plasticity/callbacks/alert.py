@@ -258,7 +258,13 @@ class PlasticityAlert(FewHooks):
             directory = Path(self.save_dir) if self.save_dir is not None else log_directory(trainer.loggers)
             if directory is not None and not getattr(trainer, "fast_dev_run", False):
                 numbers = {key: Estimate.exactly(value) for key, value in values.items()}
-                settings = {"identity": self.state_key, "measure": self.measure, "against": self.against}
+                settings = {
+                    "identity": self.state_key,
+                    "measure": self.measure,
+                    "against": self.against,
+                    "fraction": self.fraction,
+                    "bad": self.bad,
+                }
                 name = type(self).__name__
                 append_record(directory, TaskRecord(name, task, self.phase, self._tracker.step, numbers, settings))
 

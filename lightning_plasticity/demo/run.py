@@ -14,6 +14,7 @@ from rich.console import Console
 from lightning_plasticity.demo.network import METHODS
 from lightning_plasticity.demo.report import NAMES, draw_report
 from lightning_plasticity.demo.train import Row, train
+from lightning_plasticity.report import offer_report
 
 COLUMNS = {
     "online_accuracy": ("online accuracy", "{:.2f}"),
@@ -26,7 +27,7 @@ Rows = dict[str, list[Row]]
 
 
 def run_demo(seed: int, out: Path, num_tasks: int = 16, epochs: int = 30) -> dict[str, Any]:
-    """Train both networks in a process each and write ``summary.json``, ``report.png`` and TensorBoard files.
+    """Train both networks in a process each and write ``summary.json``, ``report.png``, TensorBoard files and a report.
 
     Args:
         seed: of data and initial weights, the same for both networks.
@@ -57,6 +58,7 @@ def run_demo(seed: int, out: Path, num_tasks: int = 16, epochs: int = 30) -> dic
         console.print(_conclusion(methods))
     console.print(f"\nTook {summary['seconds']:.0f} s.  Picture: {out / 'report.png'}  numbers: {out / 'summary.json'}")
     console.print(f"Spectra over all tasks: tensorboard --logdir {out / 'tensorboard'}")
+    offer_report(out, lambda line: console.print(line, markup=False))
     return summary
 
 

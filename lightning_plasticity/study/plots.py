@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from scipy import stats
 
 from lightning_plasticity._optional import require
+from lightning_plasticity.report.series import band
 from lightning_plasticity.study.table import INDEX, TableRow, columns, per_run
 
 OVERVIEW = (
@@ -21,22 +20,6 @@ OVERVIEW = (
     "trainability/steps_to_target",
 )
 LOG = re.compile(r"eps_rank|trace|lambda|norm|seconds|steps_to")
-
-
-def band(runs: Mapping[int, Sequence[float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over seeds with the ends of its 95 % interval of Student's t, each (tasks,).
-
-    Tasks that some seeds have no value for are judged on the others; of one value the interval is NaN.
-    """
-    length = max(map(len, runs.values()))
-    table = np.array([[*series, *[math.nan] * (length - len(series))] for series in runs.values()])
-    count = np.isfinite(table).sum(0)
-    known = np.where(np.isfinite(table), table, 0.0)
-    mean = np.where(count > 0, known.sum(0) / np.maximum(count, 1), np.nan)
-    squares = np.where(np.isfinite(table), (table - mean) ** 2, 0.0).sum(0)
-    error = np.sqrt(squares / np.maximum(count - 1, 1) / np.maximum(count, 1))
-    half = np.where(count > 1, stats.t.ppf(0.975, np.maximum(count - 1, 1)) * error, np.nan)
-    return mean, mean - half, mean + half
 
 
 def plottable(rows: Sequence[TableRow]) -> list[str]:

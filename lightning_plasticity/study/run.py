@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lightning_plasticity.report import offer_report
 from lightning_plasticity.study.backends import Backend, WorkersDied, connected, run_all
 from lightning_plasticity.study.build import importable, makers
 from lightning_plasticity.study.compare import comparison_text
@@ -52,6 +53,8 @@ def run_study(
 ) -> Outcome:
     """Run what is not finished, then write ``results.csv``, ``results.jsonl``, ``comparison.txt`` and ``plots/``.
 
+    Where plotly is installed there is a ``report.html`` of all of it too.
+
     Args:
         study: from ``load_study``.
         out: its directory; made when missing. On a cluster it should be on a disk that all machines share.
@@ -87,6 +90,8 @@ def run_study(
         outcome.failures = failures
         write_reports(outcome.rows, out, study.metric, reference)
     _tell_outcome(outcome, len(units), out, console)
+    if outcome.rows:
+        offer_report(out, lambda line: console.print(line, markup=False))
     return outcome
 
 

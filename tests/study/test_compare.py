@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from lightning_plasticity.report.series import band
 from lightning_plasticity.study.compare import compare, comparison_text, detectable, outcomes, sign_flip
-from lightning_plasticity.study.plots import band, figure_of, overview, plottable
+from lightning_plasticity.study.plots import figure_of, overview, plottable
 
 
 def values(shift: float, n: int, seed: int) -> dict[str, dict[int, float]]:
