@@ -10,6 +10,7 @@ EXTRAS = {
     "sklearn": "scikit-learn",
     "gymnasium": "'lightning-plasticity[rl]'",
     "mujoco": "'lightning-plasticity[rl]'",
+    "shtab": "'lightning-plasticity[completion]'",
 }
 
 
