@@ -48,7 +48,7 @@ def add(commands: Any) -> None:
         "--data",
         required=True,
         metavar="CLASS|FILE",
-        help="import path of a LightningDataModule, stream, dataset or loader; or a .pt or .npz file with inputs and targets",
+        help="import path of a datamodule, stream, dataset or loader; or a .pt or .npz file of inputs and targets",
     )
     parser.add_argument(
         "--data-init", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="arguments of the data's class"

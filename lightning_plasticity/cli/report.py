@@ -30,7 +30,7 @@ def run(arguments: argparse.Namespace) -> Found:
     for directory in arguments.directories:
         if not directory.is_dir():
             raise UsageError(f"{directory} is {'a file' if directory.exists() else 'not there'}, expected a directory.")
-    from lightning_plasticity.report import write_report
+    from lightning_plasticity.report import write_report  # type: ignore[import-not-found,unused-ignore]
 
     written = write_report(arguments.directories, arguments.out)
     print(f"Report: {written}")

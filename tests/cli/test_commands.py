@@ -73,8 +73,8 @@ def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     if shell == "bash":
         assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
         # What bash would offer after "lightning-plasticity s".
-        asked = f"{script}\nCOMP_WORDS=(lightning-plasticity s); COMP_CWORD=1; $(complete -p | sed 's/.*-F \\([^ ]*\\).*/\\1/')"
-        asked += ' && echo "${COMPREPLY[@]}"'
+        asked = f"{script}\nCOMP_WORDS=(lightning-plasticity s); COMP_CWORD=1\n"
+        asked += "$(complete -p | sed 's/.*-F \\([^ ]*\\).*/\\1/') && echo \"${COMPREPLY[@]}\""
         offered = subprocess.run(["bash", "-c", asked], capture_output=True, text=True)
         assert offered.stdout.split() == ["study"], offered.stderr
 

@@ -10,7 +10,7 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
-from runs import Classifier, data, mlp
+from runs import Classifier, data, mlp, trainer
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -129,8 +129,7 @@ def test_an_estimate_has_intervals_and_says_so(capsys: pytest.CaptureFixture[str
 def test_a_checkpoint_and_a_file(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(5)
     net, (inputs, targets) = Net(6, 3.0), data(samples=20)
-    run = L.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
-                    enable_model_summary=False)  # fmt: skip
+    run = trainer()
     run.fit(net, DataLoader(TensorDataset(inputs, targets), batch_size=10))
     run.save_checkpoint(tmp_path / "x.ckpt")
     file = tmp_path / f"data.{'npz' if kind == 'npz' else 'pt'}"
@@ -211,8 +210,7 @@ def test_classifiers_of_the_other_tests_have_no_hyperparameters(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A checkpoint that does not say how its module is made is an error with its fix."""
-    run = L.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu",
-                    enable_model_summary=False)  # fmt: skip
+    run = trainer()
     run.fit(Classifier(mlp()), DataLoader(TensorDataset(*data()), batch_size=4))
     run.save_checkpoint(tmp_path / "x.ckpt")
     words = ["--module", "runs.Classifier", "--checkpoint", str(tmp_path / "x.ckpt"), "--data", "measured_here.Data"]
