@@ -7,6 +7,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import CodeType, FrameType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,6 +18,24 @@ SOON = 2.0  # seconds within which a second Ctrl-C is meant for the run
 UNBROKEN = ("__exit__", "undisturbed", "quiet")  # these two generators run while they begin and end, not in between
 
 _LAST: WeakKeyDictionary[Any, float] = WeakKeyDictionary()  # the time of the last one, by Trainer
+
+_ends_run = False
+
+
+@contextmanager
+def ending_runs() -> Iterator[None]:
+    """Inside, an interrupt ends the run also where it comes in a measurement: the run is part of a larger whole."""
+    global _ends_run
+    before, _ends_run = _ends_run, True
+    try:
+        yield
+    finally:
+        _ends_run = before
+
+
+def end_measurements() -> bool:
+    """Whether an interrupt in a measurement ends the measurement only."""
+    return not _ends_run
 
 
 class Interrupts:

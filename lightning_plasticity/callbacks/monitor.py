@@ -18,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.nn.parameter import is_lazy
 
 from lightning_plasticity.callbacks.arguments import choices, label, whole_number
-from lightning_plasticity.callbacks.interrupts import INTERRUPTED, Interrupts
+from lightning_plasticity.callbacks.interrupts import INTERRUPTED, Interrupts, end_measurements
 from lightning_plasticity.callbacks.live import FewHooks, live_optimizers, quiet
 from lightning_plasticity.callbacks.measurement import (
     Measurement,
@@ -366,7 +366,7 @@ class BoundaryMonitor(FewHooks):
 
     def _alone(self, trainer: Trainer) -> bool:
         """Whether an interrupt may end a measurement only: other processes would wait for this one, or go on alone."""
-        return self.on_error != "raise" and not several(trainer)
+        return self.on_error != "raise" and end_measurements() and not several(trainer)
 
     def _say_again(self, what: str) -> None:
         """As often as it happens."""

@@ -46,6 +46,11 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def by_hand(stop: BaseException) -> bool:
+    """Whether Ctrl-C is behind it; Lightning makes a ``SystemExit`` of it."""
+    return isinstance(stop, KeyboardInterrupt) or isinstance(stop.__context__, KeyboardInterrupt)
+
+
 def complain(why: object, code: int = FAILED) -> int:
     """Say it on standard error; returns the exit code."""
     print(f"lightning-plasticity: {why}", file=sys.stderr)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning_plasticity.cli.common import FAILED, OK, USAGE, Found, Interrupted, UsageError, add_command
+from lightning_plasticity.cli.common import FAILED, OK, Found, Interrupted, UsageError, add_command, by_hand
 
 OWN = ("-h", "--help", "--debug", "--all-settings")  # the rest is LightningCLI's
 SUMMARY = "train from a YAML file: Lightning's own command line, with streams, monitors and methods by class path"
@@ -53,10 +53,9 @@ def run(arguments: argparse.Namespace) -> Found:
         try:
             LightningCLI(save_config_kwargs={"overwrite": True})
         except SystemExit as stop:
-            if isinstance(stop.__context__, KeyboardInterrupt):
+            if by_hand(stop):
                 raise Interrupted("training was stopped by hand") from None
-            code = stop.code if isinstance(stop.code, int) else OK if stop.code is None else FAILED
-            return USAGE if code == USAGE else code, {}
+            return stop.code if isinstance(stop.code, int) else FAILED if stop.code else OK, {}
     return OK, {}
 
 

@@ -14,6 +14,7 @@ from lightning_plasticity.cli.common import (
     UsageError,
     add_command,
     add_json,
+    by_hand,
     names,
     new_directory,
     positive,
@@ -75,7 +76,9 @@ def run(arguments: argparse.Namespace) -> Found:
             rerun_changed=arguments.rerun_changed,
             reference=arguments.reference,
         )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as stop:
+        if not by_hand(stop):
+            raise
         raise Interrupted("stopped; the same command goes on from here") from None
     except BlockingIOError as error:
         raise RuntimeError(
