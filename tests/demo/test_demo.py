@@ -93,7 +93,8 @@ def test_lines_of_two_processes_do_not_mix():
 WORKER = """
 import logging, sys, warnings
 logging.basicConfig(stream=sys.stderr, format="%(message)s")
-from lightning_plasticity.demo.lines import prefix_output
+sys.path.insert(0, "lightning_plasticity/demo")  # without torch
+from lines import prefix_output
 prefix_output("[plain] ")
 print("printed")
 warnings.warn("warned")

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -154,6 +153,7 @@ def test_an_interrupt_ends_the_measurement_and_training_is_the_same(place: str, 
 
 @pytest.mark.parametrize(("place", "times"), CASES[:3], ids=str)
 @pytest.mark.parametrize("how", ["second monitor", "on_error"])
+@pytest.mark.filterwarnings("ignore:.*was interrupted by hand")
 def test_interrupts_end_the_run_and_leave_all_as_it_was(place: str, times: int, how: str, tmp_path: Path) -> None:
     """A second one soon after the first, here in the next monitor; or the first where errors are to end the run."""
     pair, before = watching(tmp_path / "records"), Before()
@@ -161,8 +161,7 @@ def test_interrupts_end_the_run_and_leave_all_as_it_was(place: str, times: int, 
         monitor.on_error = "raise" if how == "on_error" else "warn"
     run = trainer([before, *pair], logger=CSVLogger(tmp_path, name="", version=""))
     set_bomb(place, times, KeyboardInterrupt())
-    with pytest.raises(SystemExit), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with pytest.raises(SystemExit):
         run.fit(Breaking(), loader())
     assert before.differences == [[]]
     assert run.global_step == 0
@@ -331,7 +330,8 @@ class Slow(Classifier):
 torch.manual_seed(0)
 module, monitor = Slow(mlp()), HessianSpectrumMonitor(probe_samples=6, max_seconds=None)
 trainer([monitor]).fit(module, loader())
-print([record.failure for record in monitor.records], float(sum(p.detach().double().sum() for p in module.parameters())))
+weights = float(sum(p.detach().double().sum() for p in module.parameters()))
+print([record.failure for record in monitor.records], weights)
 """
 
 
