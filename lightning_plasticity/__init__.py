@@ -84,7 +84,7 @@ _HOMES = {
 }
 _MODULES = (
     *("callbacks", "curvature", "interventions", "linalg", "loggers", "metrics", "nn", "records", "regularization"),
-    *("streams", "trainability"),
+    *("sparsity", "streams", "trainability"),
 )
 
 

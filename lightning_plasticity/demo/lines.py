@@ -33,7 +33,7 @@ class PrefixedLines(io.TextIOBase):
 def prefix_output(prefix: str) -> None:
     """From now on all that this process writes, warnings and log records included, is behind the prefix."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (PrefixedLines(stream, prefix) for stream in before)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (PrefixedLines(stream, prefix) for stream in before)
     for logger in (logging.getLogger(name) for name in [None, *logging.root.manager.loggerDict]):
         for handler in logger.handlers:
             if isinstance(handler, logging.StreamHandler) and handler.stream in before:

@@ -45,7 +45,7 @@ def run_demo(seed: int, out: Path, num_tasks: int = 16, epochs: int = 30) -> dic
     console = Console(soft_wrap=True, highlight=False)
     out.mkdir(parents=True, exist_ok=True)
     console.print(
-        f"Seed {seed}: {num_tasks} tasks (counted from 0), each gives new random labels to 400 digits ({epochs} epochs)."
+        f"Seed {seed}: {num_tasks} tasks, from 0 on, each gives new random labels to 400 digits ({epochs} epochs)."
     )
     console.print("Accuracy is online (before each update); chance is 0.10. The rest is measured before a task's first")
     console.print("update: effective rank in the last hidden layer, dead units as a mean over the hidden layers.\n")

@@ -316,7 +316,9 @@ def test_interrupts_inside_measurements_leave_the_module_as_it_was(make: Any) ->
             states.append(state(pl_module))
 
     with pytest.raises(SystemExit):
-        trainer([TaskTracker(EveryNSteps(9)), Before(), make(probe_samples=6), make(probe_samples=6, name="second")]).fit(module, loader())
+        trainer(
+            [TaskTracker(EveryNSteps(9)), Before(), make(probe_samples=6), make(probe_samples=6, name="second")]
+        ).fit(module, loader())
     before, after = states
     assert [key for key in changed(before, after) if "_current_fx_name" not in key] == []
 
