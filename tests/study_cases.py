@@ -78,8 +78,8 @@ class Logging(LightningModule):
 class LoggingLater(Logging):
     """The metric is logged by a hook."""
 
-    def on_train_epoch_end(self) -> None:
-        self.log("later", 0.5)
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.log("later", 0.5, on_step=False, on_epoch=True)
 
 
 class Interrupts(Callback):

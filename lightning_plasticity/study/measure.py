@@ -156,7 +156,8 @@ class TaskRows(Callback):
 
     def _say_missing(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """After the first step: an error where nothing else can log it later, a warning where something may."""
-        hooks = [name for name in dir(LightningModule) if name.startswith("on_")]
+        too_late = "on_train_epoch_end"  # Lightning calls the module's after those of callbacks
+        hooks = [name for name in dir(LightningModule) if name.startswith("on_") and name != too_late]
         others = [name for name in hooks if getattr(type(pl_module), name) is not getattr(LightningModule, name, None)]
         others += [type(callback).__name__ for callback in trainer.callbacks if not _is_known(callback)]  # type: ignore[attr-defined]
         if not others:

@@ -333,7 +333,7 @@ def test_a_metric_that_is_not_there_is_named_after_the_first_step(tmp_path: Path
     module["class_path"] = "study_cases.LoggingLater"
     outcome, _ = run(tmp_path / "b", plain_study(module=module, **plain | {"online_metric": "later"}))
     assert outcome.failures == {}
-    assert "one of these logs it: on_train_epoch_end." in (tmp_path / "b/units/a/seed0/log.txt").read_text()
+    assert "one of these logs it: on_train_batch_end." in (tmp_path / "b/units/a/seed0/log.txt").read_text()
 
 
 def test_methods_that_are_left_out_are_checked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
