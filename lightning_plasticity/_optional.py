@@ -11,6 +11,7 @@ EXTRAS = {
     "gymnasium": "'lightning-plasticity[rl]'",
     "mujoco": "'lightning-plasticity[rl]'",
     "plotly": "'lightning-plasticity[report]'",
+    "shtab": "'lightning-plasticity[completion]'",
 }
 
 

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
+from lightning_plasticity.nn import is_measuring
+
 SEEN: list[float] = []  # what ``Logging`` computed, measuring included: nobody rolls this list back
 
 
@@ -71,6 +73,27 @@ class Logging(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class LoggingLater(Logging):
+    """The metric is logged by a hook."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.log("later", 0.5, on_step=False, on_epoch=True)
+
+
+class Interrupts(Callback):
+    """Presses Ctrl-C in the middle of a measurement."""
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        step = pl_module.training_step
+
+        def pressing(*args: Any) -> Any:
+            if is_measuring():
+                raise KeyboardInterrupt
+            return step(*args)
+
+        pl_module.training_step = pressing
 
 
 class Fails(Callback):

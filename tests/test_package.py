@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import re
 import sys
@@ -62,6 +63,21 @@ def test_all_is_the_pinned_list() -> None:
     # ruff (RUF022) keeps the order, so only the members are compared.
     assert len(lightning_plasticity.__all__) == len(PUBLIC)
     assert set(lightning_plasticity.__all__) == PUBLIC
+
+
+def test_names_are_imported_from_where_type_checkers_see_them() -> None:
+    """The root imports on demand; what it imports for type checkers must be the same objects."""
+    found = {}
+    for imported in walls.imports_of(PACKAGE_DIR / "__init__.py", PACKAGE_DIR):
+        if imported.typing_only and imported.top == walls.PACKAGE and imported.name is not None:
+            if imported.module == walls.PACKAGE:
+                found[imported.name] = importlib.import_module(f"{imported.module}.{imported.name}")
+            else:
+                found[imported.name] = getattr(importlib.import_module(imported.module), imported.name)
+    assert set(found) == PUBLIC - {"__version__"}
+    assert all(getattr(lightning_plasticity, name) is value for name, value in found.items())
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        lightning_plasticity.nothing  # noqa: B018
 
 
 def test_all_is_what_is_visible() -> None:

@@ -246,15 +246,24 @@ class PlasticityAlert(FewHooks):
             self._warned.add(cause)
             rank_zero_warn(message)
 
+    @contextmanager
+    def _survived(self) -> Iterator[None]:
+        """A full disk or a broken logger must not kill the run, or keep the others from being written."""
+        try:
+            yield
+        except Exception as error:
+            why = describe(error)
+            self._warn_once(f"PlasticityAlert could not write what it saw: {why}. Training goes on.", cause=why)
+
     def _log(self, trainer: Trainer, task: int, ratio: float, active: bool) -> None:
         assert self._tracker is not None
         values = {"plasticity/alert/active": float(active), "plasticity/alert/ratio": ratio}
         if not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
-            with _survived():
+            with self._survived():
                 log_scalars(logger, values, self._tracker.step)
-        with _survived():
+        with self._survived():
             directory = Path(self.save_dir) if self.save_dir is not None else log_directory(trainer.loggers)
             if directory is not None and not getattr(trainer, "fast_dev_run", False):
                 numbers = {key: Estimate.exactly(value) for key, value in values.items()}
@@ -279,12 +288,3 @@ def _interventions(on_alert: Callback | Sequence[Callback] | None) -> list[Any]:
                 "or a callback of your own with a method intervene(trainer, pl_module)."
             )
     return found
-
-
-@contextmanager
-def _survived() -> Iterator[None]:
-    """A full disk or a broken logger must not kill the run, or keep the others from being written."""
-    try:
-        yield
-    except Exception as error:
-        rank_zero_warn(f"PlasticityAlert could not write what it saw: {describe(error)}. Training goes on.")

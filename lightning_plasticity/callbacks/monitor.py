@@ -6,7 +6,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.nn.parameter import is_lazy
 
 from lightning_plasticity.callbacks.arguments import choices, label, whole_number
+from lightning_plasticity.callbacks.interrupts import INTERRUPTED, Interrupts, end_measurements
 from lightning_plasticity.callbacks.live import FewHooks, live_optimizers, quiet
 from lightning_plasticity.callbacks.measurement import (
     Measurement,
@@ -172,8 +173,10 @@ class BoundaryMonitor(FewHooks):
         if task % self.every_n_tasks:
             return
         self._fetch_for_end(trainer, pl_module, self._tracker.first_batch)
-        measured = any((record.task, record.phase) == (task, "start") for record in self.records)
+        start = [record for record in self.records if (record.task, record.phase) == (task, "start")]
+        measured = any(record.failure != INTERRUPTED for record in start)
         if "start" in self.when and not measured and self._tracker.steps_in_task == 0:
+            self.records = [record for record in self.records if record not in start]
             self._at_boundary(trainer, pl_module, task, "start")
 
     def on_task_end(self, trainer: Trainer, pl_module: LightningModule, task: int) -> None:
@@ -217,13 +220,20 @@ class BoundaryMonitor(FewHooks):
             self._announce_start(trainer, pl_module, task, phase)
         started = time.perf_counter()
         measurement, error = Measurement(), None
+        interrupts = Interrupts(trainer)
         try:
-            with quiet(trainer):
+            with interrupts if self._alone(trainer) else nullcontext(), quiet(trainer):
                 measurement = self._measured(trainer, pl_module, phase)
+        except KeyboardInterrupt:
+            if not self._alone(trainer) or interrupts.end_run():
+                raise
+            measurement = Measurement(failures={"": INTERRUPTED})
         except Exception as caught:
             if self.on_error == "raise":  # else nobody keeps it, and the memory that its frames hold is free again
                 error = caught
             measurement.failures[""] = describe(caught)
+        if interrupts.second:  # while the first one was being cleaned up after
+            raise KeyboardInterrupt
         seconds = time.perf_counter() - started
         if several(trainer):  # every rank comes here, whatever happened to it
             measurement, seconds = self._agreed(measurement, seconds)
@@ -233,7 +243,12 @@ class BoundaryMonitor(FewHooks):
         failure = "; ".join(f"{parts}: {why}" if parts else why for why, parts in causes.items()) or None
         if failure is not None and self.on_error == "raise":
             raise MeasurementError(failure)
+        if interrupts.late and INTERRUPTED not in causes:
+            self._say_again("Ctrl-C came when the measurement was all but over; it is whole.")
         for why, parts in causes.items():
+            if why == INTERRUPTED:
+                self._say_again(f"the measurement at the {phase} of task {task} was {why}.")
+                continue
             what = f"{name} could not measure {f'{parts} ' if parts else ''}at the {phase} of task {task}"
             self._warn_once(trainer, why, f"{what}: {why.rstrip('.')}. Training goes on.")
         with self._guarded(trainer, "say that it has measured"):
@@ -348,6 +363,15 @@ class BoundaryMonitor(FewHooks):
             _announce(trainer, like[-1].seconds, f"{what} about")
         elif self.may_be_long(pl_module):
             tell(trainer, f"{what} this may take a while")
+
+    def _alone(self, trainer: Trainer) -> bool:
+        """Whether an interrupt may end a measurement only: other processes would wait for this one, or go on alone."""
+        return self.on_error != "raise" and end_measurements() and not several(trainer)
+
+    def _say_again(self, what: str) -> None:
+        """As often as it happens."""
+        message = f"{type(self).__name__}: {what} Training goes on; Ctrl-C again ends it."
+        warnings.warn(message, stacklevel=2)
 
     def _warn_once(self, trainer: Trainer, cause: str, message: str) -> None:
         """Warn once for each cause, whatever numbers its text holds."""

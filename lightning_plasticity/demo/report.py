@@ -27,7 +27,7 @@ def draw_report(summary: dict[str, Any], out: Path, path: Path) -> None:
     axes = figure.subplots(2, 3)
     for place, (key, title, scale) in zip((axes[0, 0], axes[0, 1], axes[1, 0], axes[1, 1]), PANELS, strict=True):
         for method, numbers in summary["methods"].items():
-            tasks = range(1, len(numbers[key]) + 1)
+            tasks = range(len(numbers[key]))
             place.plot(tasks, numbers[key], "o-", markersize=3, color=COLOURS[method], label=NAMES[method])
         place.set(title=title, xlabel="task", yscale=scale)
         place.xaxis.get_major_locator().set_params(integer=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing as mp
+import signal
 import time
 from pathlib import Path
 from queue import Empty
@@ -11,6 +12,7 @@ from typing import Any
 
 from rich.console import Console
 
+from lightning_plasticity.demo.lines import prefix_output
 from lightning_plasticity.demo.network import METHODS
 from lightning_plasticity.demo.report import NAMES, draw_report
 from lightning_plasticity.demo.train import Row, train
@@ -44,7 +46,7 @@ def run_demo(seed: int, out: Path, num_tasks: int = 16, epochs: int = 30) -> dic
     console = Console(soft_wrap=True, highlight=False)
     out.mkdir(parents=True, exist_ok=True)
     console.print(
-        f"Seed {seed}: {num_tasks} tasks, each gives new random labels to 400 handwritten digits ({epochs} epochs)."
+        f"Seed {seed}: {num_tasks} tasks, from 0 on, each gives new random labels to 400 digits ({epochs} epochs)."
     )
     console.print("Accuracy is online (before each update); chance is 0.10. The rest is measured before a task's first")
     console.print("update: effective rank in the last hidden layer, dead units as a mean over the hidden layers.\n")
@@ -90,6 +92,9 @@ def _train_both(seed: int, out: Path, num_tasks: int, epochs: int, console: Cons
 
 
 def _worker(method: str, seed: int, out: Path, num_tasks: int, epochs: int, queue: Any) -> None:
+    """In a process of its own; Ctrl-C is for the one that waits, which ends both."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    prefix_output(f"[{NAMES[method]}] ")
     train(method, seed, out, num_tasks, epochs, lambda row: queue.put((method, row)))
 
 
@@ -111,12 +116,13 @@ def _header() -> str:
 
 def _line(task: int, rows: dict[str, Row]) -> str:
     cells = [style.format(rows[method][key]) for key, (_, style) in COLUMNS.items() for method in METHODS]
-    return f"{task + 1:>4}" + "".join(f"{cell:>{CELL}}" for cell in cells)
+    return f"{task:>4}" + "".join(f"{cell:>{CELL}}" for cell in cells)
 
 
 def _conclusion(methods: dict[str, dict[str, list[float]]]) -> str:
-    """The second task against the last one, for each network."""
-    lines = ["", "From the second task (a fresh network's curvature says little) to the last:"]
+    """Task 1 against the last one, for each network."""
+    last = len(next(iter(methods.values()))["online_accuracy"]) - 1
+    lines = ["", f"From task 1 (at task 0 the network is fresh, and its curvature says little) to task {last}:"]
     for method, numbers in methods.items():
         parts = []
         for key, (title, style) in COLUMNS.items():

@@ -8,7 +8,7 @@ import inspect
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,7 @@ class Study:
     methods: dict[str, Settings]  # merged settings by name
     seeds: tuple[int, ...]
     search: tuple[str, ...] = ()
+    others: dict[str, Settings] = field(default_factory=dict)  # left out by ``only``; checked all the same
 
     def units(self) -> list[Unit]:
         """Seed by seed, so that all methods can be compared early."""
@@ -130,7 +131,8 @@ def load_study(path: Path, only: Sequence[str] = (), seeds: Sequence[int] = ()) 
     if unknown := [name for name in only if name not in study.methods]:
         raise StudyError(f"--only names {', '.join(unknown)}; the study has: {', '.join(study.methods)}.")
     methods = {name: settings for name, settings in study.methods.items() if not only or name in only}
-    return Study(methods, tuple(seeds) or study.seeds, study.search)
+    others = {name: settings for name, settings in study.methods.items() if name not in methods}
+    return Study(methods, tuple(seeds) or study.seeds, study.search, others)
 
 
 def parse_study(plain: Any, search: tuple[str, ...] = ()) -> Study:

@@ -72,6 +72,8 @@ class TaskRows(Callback):
         self._values: list[Tensor] = []
         self._epoch_open = False
         self._returned = "no dict"  # by the last training step, for errors
+        self._logged: list[str] = []  # by the first training step
+        self._stop_listening: Callable[[], None] | None = None
         self._started = 0.0
         self._warned = False
 
@@ -80,10 +82,25 @@ class TaskRows(Callback):
         self._values.clear()
         self._started = time.perf_counter()
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Hear what the first step logs: a metric that is logged by the epoch shows at the epoch's end only."""
+        if self._per_epoch is not None or self._stop_listening is not None:
+            return
+        log = pl_module.log
+
+        def listening(name: str, *args: Any, **kwargs: Any) -> Any:
+            self._logged.append(name)
+            return log(name, *args, **kwargs)
+
+        self._stop_listening = shadow_method(pl_module, "log", listening)
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Collect the value before the update."""
+        if self._stop_listening is not None:
+            self._stop_listening()
+            self._stop_listening = None
         self._epoch_open = True
         self._returned = ", ".join(outputs) if isinstance(outputs, Mapping) else "no dict"
         if self._per_epoch:
@@ -93,6 +110,8 @@ class TaskRows(Callback):
             value = trainer.callback_metrics.get(self.metric)
         if self._per_epoch is None:
             self._per_epoch = value is None
+            if value is None and self.metric not in self._logged:
+                self._say_missing(trainer, pl_module)
         if value is not None:
             self._values.append(_scalar(value, self.metric))
         elif not self._per_epoch:
@@ -133,10 +152,26 @@ class TaskRows(Callback):
         self.rows, self._per_epoch = list(state_dict["rows"]), state_dict["per_epoch"]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "tell": None}
+        return {**self.__dict__, "tell": None, "_stop_listening": None}
+
+    def _say_missing(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """After the first step: an error where nothing else can log it later, a warning where something may."""
+        too_late = "on_train_epoch_end"  # Lightning calls the module's after those of callbacks
+        hooks = [name for name in dir(LightningModule) if name.startswith("on_") and name != too_late]
+        others = [name for name in hooks if getattr(type(pl_module), name) is not getattr(LightningModule, name, None)]
+        others += [type(callback).__name__ for callback in trainer.callbacks if not _is_known(callback)]  # type: ignore[attr-defined]
+        if not others:
+            raise self._missing(trainer)
+        warnings.warn(
+            f"online_metric {self.metric!r} is not there after the first step: training_step returned "
+            f"{self._returned} and logged {', '.join(self._logged) or 'nothing'}. The unit fails at the end of its "
+            f"first epoch, unless one of these logs it: {', '.join(others)}.",
+            stacklevel=2,
+        )
 
     def _missing(self, trainer: Trainer) -> StudyError:
-        logged = ", ".join(key for key in trainer.callback_metrics if not key.startswith("plasticity/")) or "nothing"
+        keys = dict.fromkeys([*self._logged, *trainer.callback_metrics])
+        logged = ", ".join(key for key in keys if not key.startswith("plasticity/")) or "nothing"
         return StudyError(
             f"online_metric {self.metric!r} was not found: training_step returned {self._returned}, and the module "
             f"logged {logged}. Return it in training_step's dict, log it there, or name another key."
@@ -152,6 +187,11 @@ class TaskRows(Callback):
                 why = f"{type(error).__name__}: {error}"
                 warnings.warn(f"{self.metric} at the end of a task could not be measured: {why}", stacklevel=2)
             return math.nan
+
+
+def _is_known(callback: Callback) -> bool:
+    """Ours and Lightning's own, which log nothing of the user's."""
+    return type(callback).__module__.partition(".")[0] in ("lightning_plasticity", "lightning", "pytorch_lightning")
 
 
 def _end_value(trainer: Trainer, pl_module: LightningModule, metric: str) -> float:

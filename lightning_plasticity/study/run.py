@@ -96,9 +96,9 @@ def run_study(
 
 
 def check(study: Study) -> None:
-    """Refuse what cannot be made, before anything runs."""
+    """Refuse what cannot be made, before anything runs; also in methods that are left out this time."""
     with importable(study.search):
-        for method, settings in study.methods.items():
+        for method, settings in {**study.methods, **study.others}.items():
             makers(settings, f"methods.{method}: ")
         monitor_makers(next(iter(study.methods.values()))["measure"])
 

@@ -25,6 +25,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
 from lightning_plasticity.callbacks import EveryFit, EveryNEpochs, Regularization, TaskTracker
+from lightning_plasticity.callbacks.interrupts import ending_runs
 from lightning_plasticity.study.boundary import BoundaryCheckpoint, random_states, set_random_states
 from lightning_plasticity.study.build import importable, makers, own_optimizer
 from lightning_plasticity.study.config import Settings, StudyError, Unit
@@ -69,7 +70,8 @@ def run_unit(unit: Unit, directory: Path) -> dict[str, Any]:
         ``{"result": ...}``, or ``{"error": text}`` when anything went wrong, so that other units go on.
     """
     try:
-        with locked(directory), importable(unit.search), one_unit(unit.settings["threads"], directory / "log.txt"):
+        surroundings = one_unit(unit.settings["threads"], directory / "log.txt")
+        with locked(directory), importable(unit.search), surroundings, ending_runs():
             result = read_json(directory / RESULT)
             if result is None or result["fingerprint"] != unit.fingerprint:
                 result = _run(unit, directory)

@@ -284,7 +284,7 @@ class SpeechlessError(Exception):
 def test_a_broken_logger_leaves_the_other_loggers_and_the_record(tmp_path):
     logger = CSVLogger(tmp_path, name="", version="")
     said = run(PlasticityAlert(from_task=1), Scripted([10.0, 10.0, 10.0]), logger=[Speechless(), logger])
-    assert said
+    assert len(said) == 1  # of two tasks: the cause is the same
     assert set(said) == {"PlasticityAlert could not write what it saw: SpeechlessError: its message cannot be read. "
                          "Training goes on."}  # fmt: skip
     assert "plasticity/alert/ratio" in (tmp_path / "metrics.csv").read_text()

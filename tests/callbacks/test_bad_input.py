@@ -302,7 +302,8 @@ class Interrupted(OutOfMemory):
 
 
 @pytest.mark.parametrize("make", [HessianSpectrumMonitor, FeatureRankMonitor])
-def test_an_interrupt_inside_a_measurement_leaves_the_module_as_it_was(make: Any) -> None:
+@pytest.mark.filterwarnings("ignore:.*was interrupted by hand")
+def test_interrupts_inside_measurements_leave_the_module_as_it_was(make: Any) -> None:
     torch.manual_seed(0)
     module = Interrupted(mlp())
     states: list[Any] = []
@@ -315,7 +316,9 @@ def test_an_interrupt_inside_a_measurement_leaves_the_module_as_it_was(make: Any
             states.append(state(pl_module))
 
     with pytest.raises(SystemExit):
-        trainer([TaskTracker(EveryNSteps(9)), Before(), make(probe_samples=6)]).fit(module, loader())
+        trainer(
+            [TaskTracker(EveryNSteps(9)), Before(), make(probe_samples=6), make(probe_samples=6, name="second")]
+        ).fit(module, loader())
     before, after = states
     assert [key for key in changed(before, after) if "_current_fx_name" not in key] == []
 

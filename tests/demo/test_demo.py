@@ -1,14 +1,20 @@
 """The demo and its command: what it writes, and (slow) what it shows."""
 
+import io
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from lightning_plasticity import Spectrum, read_records
 from lightning_plasticity.cli import main
+from lightning_plasticity.demo.lines import PrefixedLines
 from lightning_plasticity.demo.network import L2ER, Plain
 
+ROOT = Path(__file__).parents[2]
 KEYS = ("online_accuracy", "ggn_eps_rank_0.01", "effective_rank", "dead_units")
 
 
@@ -40,6 +46,8 @@ def test_short_demo_writes_all_it_promises(tmp_path, capfd):
     shown = capfd.readouterr().out
     assert "Seed 3" in shown
     assert "tensorboard --logdir" in shown
+    rows = [line.split()[0] for line in shown.splitlines() if line[:4].strip().isdecimal()]
+    assert rows == ["0", "1"]  # as records, spectra and messages count
 
 
 def test_a_second_run_replaces_the_first(tmp_path):
@@ -68,8 +76,39 @@ def test_bad_arguments_end_with_usage(arguments, capsys):
 
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert main(["demo", "--out", str(tmp_path / "file" / "out")]) == 1
+    assert main(["demo", "--out", str(tmp_path / "file" / "out")]) == 2
     assert capsys.readouterr().err.startswith("lightning-plasticity: ")
+
+
+def test_lines_of_two_processes_do_not_mix():
+    shown = io.StringIO()
+    plain, l2er = PrefixedLines(shown, "[plain] "), PrefixedLines(shown, "[L2-ER] ")
+    for piece in ("one ", "line\nand", " another\n", "\n", "no end"):
+        plain.write(piece)
+        l2er.write(piece)
+    lines = ["one line", "and another", ""]
+    assert shown.getvalue() == "".join(f"[{name}] {line}\n" for line in lines for name in ("plain", "L2-ER"))
+
+
+WORKER = """
+import logging, sys, warnings
+logging.basicConfig(stream=sys.stderr, format="%(message)s")
+sys.path.insert(0, "lightning_plasticity/demo")  # without torch
+from lines import prefix_output
+prefix_output("[plain] ")
+print("printed")
+warnings.warn("warned")
+logging.warning("logged")
+raise ZeroDivisionError("raised")
+"""
+
+
+def test_all_that_a_process_writes_has_its_prefix():
+    run = subprocess.run([sys.executable, "-c", WORKER], capture_output=True, text=True, cwd=ROOT)
+    lines = [*run.stdout.splitlines(), *run.stderr.splitlines()]
+    assert all(line.startswith("[plain] ") for line in lines)
+    for word in ("printed", "warned", "logged", "ZeroDivisionError: raised"):
+        assert sum(word in line for line in lines) >= 1
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from fuzz.cases import Case
 from fuzz.faults import ERRORS, OUTSIDE, Fault
 from fuzz.one_run import Run, described, run
 from lightning_plasticity import Spectrum, read_records
+from lightning_plasticity.callbacks.interrupts import INTERRUPTED
 from lightning_plasticity.records import FILE_NAME
 
 TOLD = re.compile(
@@ -131,13 +132,16 @@ def _untold(fault: Fault, watched: Run) -> list[str]:
             found.append(f"{times} times told: {why}")
         if not any(why in _normal(r.failure or "") for m in watched.monitors for r in m.records) and not watched.cut:
             found.append(f"told, not recorded: {why}")
+    by_hand = sum(f"was {INTERRUPTED}. Training goes on" in text for text in watched.told)
+    if by_hand != sum(record.failure == INTERRUPTED for m in watched.monitors for record in m.records):
+        found.append(f"{by_hand} interrupts told")
     for monitor in watched.monitors:
         whys = sorted({_normal(why) for name, why in told if name == type(monitor).__name__}, key=len, reverse=True)
         for record in monitor.records:
             left = _normal(record.failure or "")
             for why in whys:
                 left = left.replace(why, "")
-            if record.failure is not None and len(left) == len(_normal(record.failure)):
+            if record.failure not in (None, INTERRUPTED) and len(left) == len(_normal(record.failure)):
                 found.append(f"recorded, not told: {record.failure}")
     keeping = [text for text in watched.told if "Monitor could not " in text and not TOLD.fullmatch(text)]
     found += [f"told again: {text}" for text, n in Counter(map(_normal, keeping)).items() if n > len(watched.monitors)]

@@ -320,6 +320,56 @@ def test_a_metric_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "online_metric 'acc' was not found: training_step returned loss, accuracy" in why
 
 
+def test_a_metric_that_is_not_there_is_named_after_the_first_step(tmp_path: Path) -> None:
+    """Nothing else could log it; and where a hook of the module could, the log says so at once."""
+    SEEN.clear()
+    module = {"class_path": "study_cases.Logging", "init_args": {"per_step": False}}
+    plain = {"online_metric": "train/ac", "seeds": [0], "methods": {"a": None}, "measure": []}
+    outcome, _ = run(tmp_path / "a", plain_study(module=module, **plain))
+    (why,) = outcome.failures.values()
+    assert "online_metric 'train/ac' was not found" in why
+    assert "logged train/acc." in why
+    assert len(SEEN) == 1
+    module["class_path"] = "study_cases.LoggingLater"
+    outcome, _ = run(tmp_path / "b", plain_study(module=module, **plain | {"online_metric": "later"}))
+    assert outcome.failures == {}
+    assert "one of these logs it: on_train_batch_end." in (tmp_path / "b/units/a/seed0/log.txt").read_text()
+
+
+def test_methods_that_are_left_out_are_checked_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    study = plain_study(seeds=[0], methods={"a": None, "b": {"callbacks": ["lightning_plasticity.ReDoo"]}})
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(study, sort_keys=False))
+    assert main(["study", str(file), "--out", str(tmp_path / "out"), "--only", "a"]) == 2
+    assert "methods.b: callbacks[0]: lightning_plasticity has no ReDoo. Did you mean 'ReDo'?" in capsys.readouterr().err
+
+
+def test_a_study_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(plain_study(seeds=[0], methods={"a": None}), sort_keys=False))
+    assert main(["study", str(file), "--out", str(tmp_path / "out"), "--json"]) == 0
+    shown = capsys.readouterr()
+    found = json.loads(shown.out)
+    assert shown.out.count("\n") == 1
+    assert (found["finished"], found["failures"]) == (1, {})
+    assert [(row["method"], row["seed"], row["task"]) for row in found["rows"]] == [("a", 0, 0), ("a", 0, 1)]
+    assert "1 of 1 units finished" in shown.err
+
+
+def test_an_interrupt_while_measuring_ends_the_study(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It does not end one measurement, as in a run by itself: the table would have a hole."""
+    callback = {"class_path": "study_cases.Interrupts", "init_args": {}}
+    file = tmp_path / "study.yaml"
+    file.write_text(yaml.safe_dump(plain_study(seeds=[0], methods={"a": {"callbacks": [callback]}}), sort_keys=False))
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        assert main(["study", str(file), "--out", str(tmp_path)]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert not (tmp_path / "units/a/seed0/result.json").exists()
+
+
 def test_two_processes_do_not_share_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     import fcntl
 

@@ -1,0 +1,37 @@
+"""``lightning-plasticity report``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from lightning_plasticity.cli.common import OK, Found, UsageError, add_command, add_json
+
+SUMMARY = "make one page with the numbers and pictures of one run or several"
+EXAMPLE = """
+Example: lightning-plasticity report lightning_logs/version_0 lightning_logs/version_1 --out report.html
+
+A directory is one that a monitor wrote plasticity.jsonl to: a logger's, or a monitor's save_dir.
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(commands, "report", SUMMARY, EXAMPLE)
+    parser.add_argument("directories", type=Path, nargs="+", metavar="LOGDIR", help="a run's directory")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the file (default report.html)")
+    add_json(parser)
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> Found:
+    """Write the report; the JSON says where it is."""
+    for directory in arguments.directories:
+        if not directory.is_dir():
+            raise UsageError(f"{directory} is {'a file' if directory.exists() else 'not there'}, expected a directory.")
+    from lightning_plasticity.report import write_report  # type: ignore[import-not-found,unused-ignore]
+
+    written = write_report(arguments.directories, arguments.out)
+    print(f"Report: {written}")
+    return OK, {"report": written, "directories": arguments.directories}
