@@ -562,6 +562,9 @@ def test_layers_whose_weights_are_computed_cannot_be_reset(kind: str, layers: An
             "old_weight_norm": torch.nn.utils.weight_norm,
             "prune": lambda layer: torch.nn.utils.prune.random_unstructured(layer, "weight", 0.5),
         }[kind](net.net[4])
-    with pytest.raises(ValueError, match=r"net\.4\.weight: computed from other parameters|net\.4: left alone, it was not called as a layer"):
+    with pytest.raises(
+        ValueError,
+        match=r"net\.4\.weight: computed from other parameters|net\.4: left alone, it was not called as a layer",
+    ):
         fit(net, callbacks=[LayerReset(layers)])
     fit(net, callbacks=[LayerReset(["net.0"])])
