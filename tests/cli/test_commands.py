@@ -133,14 +133,6 @@ def test_json_is_valid_whatever_was_found() -> None:
     assert json.loads(to_json(found)) == {"a": None, "b": [None, 1.5, True, None], "3": {"path": "x"}}
 
 
-def test_the_demo_as_json(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["demo", "--out", str(tmp_path), "--tasks", "1", "--epochs", "1", "--json"]) == 0
-    shown = capfd.readouterr()
-    assert json.loads(shown.out) == json.loads((tmp_path / "summary.json").read_text())
-    assert shown.out.count("\n") == 1
-    assert "Seed 0" in shown.err
-
-
 # ---- report --------------------------------------------------------------------------------------------------------
 
 

@@ -50,9 +50,14 @@ def test_short_demo_writes_all_it_promises(tmp_path, capfd):
     assert rows == ["0", "1"]  # as records, spectra and messages count
 
 
-def test_a_second_run_replaces_the_first(tmp_path):
-    for _ in range(2):
-        summary = run(tmp_path, "--tasks", "1", "--epochs", "1")
+def test_a_second_run_replaces_the_first_and_json_is_the_summary(tmp_path, capfd):
+    run(tmp_path, "--tasks", "1", "--epochs", "1")
+    capfd.readouterr()
+    summary = run(tmp_path, "--tasks", "1", "--epochs", "1", "--json")
+    shown = capfd.readouterr()
+    assert json.loads(shown.out) == summary
+    assert shown.out.count("\n") == 1
+    assert "Seed 0" in shown.err
     assert len(summary["methods"]["plain"]["online_accuracy"]) == 1
     assert len(list((tmp_path / "tensorboard" / "plain" / "seed0").glob("events.out.tfevents.*"))) == 1
 
