@@ -11,7 +11,7 @@ from report_cases import Seen, data_of, option_of, write_run, write_study
 
 from lightning_plasticity.report import ReportError, write_report
 
-HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(2)</script>&amp;%{y}"
+HOSTILE = "<img src=x onerror=alert(1)></script ><script>alert(2)</script>&amp;%{y}"
 
 
 def report(directory: Path) -> tuple[dict[str, Any], str]:
