@@ -52,7 +52,7 @@ def test_only_failures_are_listed_once_each_with_their_tasks(tmp_path: Path) -> 
     (tmp_path / "plasticity.jsonl").write_text("".join(lines))
     data, text = report(tmp_path)
     assert data["sections"] == []
-    assert "M at 3 task boundaries, task 1 (start), 2 (start), 3 (start): RuntimeError: weights hold NaN" in text
+    assert "M at 3 task boundaries, task 0 (start), 1 (start), 2 (start): RuntimeError: weights hold NaN" in text
     assert "3 measurements failed" in text
 
 
