@@ -76,7 +76,7 @@ def _fact(key: str, line: Line, best_is: Best) -> Fact | None:
     bests = [values[at] for values, (_, at) in zip(runs, ends, strict=True)]
     shares = [last / top for last, top in zip(lasts, bests, strict=True) if top > 0 and best_is == "highest"]
     share = sum(shares) / len(shares) if len(shares) == len(runs) else math.nan
-    notes = [f"task {ends[0][0] + 1}; {best_is} at task {ends[0][1] + 1}"] if len(runs) == 1 else []
+    notes = [f"task {ends[0][0]}; {best_is} at task {ends[0][1]}"] if len(runs) == 1 else []
     threshold = next((limit for pattern, limit in THRESHOLDS.items() if re.fullmatch(pattern, key)), 0.0)
     below = sum(share < threshold for share in shares)
     if below:

@@ -21,7 +21,7 @@ INTRO = (
     "second task. Two ratios have thresholds from our studies: srank below 0.946 of its best (PlasticityAlert's "
     "default: 88 % of the falling runs found, 39 % of the healthy ones too) and a training metric below 0.87 of its "
     "best (62 % found, 19 %). Nothing measured predicted the next task's accuracy better than the last task's "
-    "accuracy did. Tasks are counted from 1 here, from 0 in the records."
+    "accuracy did. Tasks are counted from 0, as in the records."
 )
 
 

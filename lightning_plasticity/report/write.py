@@ -103,7 +103,7 @@ def _problems(run: Run) -> list[str]:
     failed: dict[tuple[str, str], list[str]] = {}
     for record in run.records:
         if record.failure is not None:
-            where = f"{record.task + 1} ({record.phase})"
+            where = f"{record.task} ({record.phase})"
             failed.setdefault((record.monitor, record.failure), []).append(where)
     texts = [f"{run.name}: {text}" for text in run.problems]
     return texts + [
@@ -141,7 +141,7 @@ def _card(
             f"{_times(failures, 'measurement', 'measurements')} failed, in whole or in part; causes are below."
         )
     for alert in (alert for alert in alerts if alert["group"] == name):
-        sounded = [str(task + 1) for task, on in zip(alert["tasks"], alert["active"], strict=True) if on]
+        sounded = [str(task) for task, on in zip(alert["tasks"], alert["active"], strict=True) if on]
         whose = f"{alert['run']}: " if len(runs) > 1 else ""
         times = _times(len(sounded), "time", "times")
         at = f"sounded {times}, at task {_some(sounded)}" if sounded else "did not sound"

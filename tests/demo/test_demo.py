@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from report_cases import data_of, option_of
 
 from lightning_plasticity import Spectrum, read_records
 from lightning_plasticity.cli import main
@@ -48,6 +49,12 @@ def test_short_demo_writes_all_it_promises(tmp_path, capfd):
     assert "tensorboard --logdir" in shown
     rows = [line.split()[0] for line in shown.splitlines() if line[:4].strip().isdecimal()]
     assert rows == ["0", "1"]  # as records, spectra and messages count
+    assert f"Report: {tmp_path / 'out' / 'report.html'}" in shown
+    data = data_of(tmp_path / "out" / "report.html")
+    assert data["groups"] == [{"name": "plain", "runs": 1}, {"name": "l2er", "runs": 1}]
+    for measure, key in (("ggn/eps_rank_0.01", KEYS[1]), ("online_accuracy", KEYS[0])):
+        for line in option_of(data, measure)["lines"]:
+            assert line["value"] == pytest.approx(summary["methods"][line["group"]][key], rel=1e-5)
 
 
 def test_a_second_run_replaces_the_first_and_json_is_the_summary(tmp_path, capfd):

@@ -11,7 +11,7 @@ from report_cases import Seen, data_of, option_of, write_run, write_study
 
 from lightning_plasticity.report import ReportError, write_report
 
-HOSTILE = "<img src=x onerror=alert(1)></script><script>alert(2)</script>&amp;%{y}"
+HOSTILE = "<img src=x onerror=alert(1)></script ><script>alert(2)</script>&amp;%{y}"
 
 
 def report(directory: Path) -> tuple[dict[str, Any], str]:
@@ -52,7 +52,7 @@ def test_only_failures_are_listed_once_each_with_their_tasks(tmp_path: Path) -> 
     (tmp_path / "plasticity.jsonl").write_text("".join(lines))
     data, text = report(tmp_path)
     assert data["sections"] == []
-    assert "M at 3 task boundaries, task 1 (start), 2 (start), 3 (start): RuntimeError: weights hold NaN" in text
+    assert "M at 3 task boundaries, task 0 (start), 1 (start), 2 (start): RuntimeError: weights hold NaN" in text
     assert "3 measurements failed" in text
 
 

@@ -85,14 +85,14 @@ def test_alerts_are_on_the_time_line(run: tuple[Path, Path]) -> None:
     assert alert["ratio"] == pytest.approx([7 / 9, 6 / 9], rel=1e-5)
     assert alert["active"] == [False, True]
     assert alert["fraction"] == 0.7
-    assert "alert on features/srank against best at 0.7 of it sounded 1 time, at task 4." in Seen(run[1]).text
+    assert "alert on features/srank against best at 0.7 of it sounded 1 time, at task 3." in Seen(run[1]).text
 
 
 def test_cards_say_last_and_best_and_at_which_task(run: tuple[Path, Path]) -> None:
     text = Seen(run[1]).text
-    assert "Hessian: eigenvalues > 0.01task 4; highest at task 1" in text
-    assert "srank: mean over layerstask 4; highest at task 1; below 0.946 of its best" in text
-    assert "dead units: mean over layerstask 4; lowest at task 1" in text
+    assert "Hessian: eigenvalues > 0.01task 3; highest at task 0" in text
+    assert "srank: mean over layerstask 3; highest at task 0; below 0.946 of its best" in text
+    assert "dead units: mean over layerstask 3; lowest at task 0" in text
     assert "Accuracy is not known" in text
 
 

@@ -95,6 +95,7 @@ def test_a_study_writes_all_it_promises(tmp_path: Path, monkeypatch: pytest.Monk
     assert (tmp_path / "overview.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "plots" / "features_effective_rank.png").exists()
     assert "against plain" in (tmp_path / "comparison.txt").read_text()
+    assert (tmp_path / "report.html").exists()
     assert not list(tmp_path.rglob("log.txt"))
     # Nothing is left to do, and nothing is done.
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("units/*/*/*")}

@@ -51,10 +51,10 @@
   const lastTask = Math.max(0, ...data.sections.flatMap((s) => s.options.flatMap((o) => o.lines.flatMap((l) => l.tasks))), ...data.heat.flatMap((m) => m.tasks));
   function fewTicks() {
     const step = [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000].find((s) => lastTask / s <= 12) || Math.ceil(lastTask / 10);
-    return { dtick: step, tick0: step === 1 ? 1 : 0, range: [0.5, lastTask + 1.5] };
+    return { dtick: step, tick0: 0, range: [-0.5, lastTask + 0.5] };
   }
 
-  const tasks = (line) => line.tasks.map((task) => task + 1);
+  const tasks = (line) => line.tasks;
 
   // One line: its band (several runs) or intervals (one run), and what is known only from one side.
   function traces(line, dash) {
@@ -94,7 +94,7 @@
     const marks = [];
     groups.forEach((group) => {
       if (hidden.has(group)) return;
-      const found = data.alerts.filter((alert) => alert.group === group).flatMap((alert) => alert.tasks.filter((_, k) => alert.active[k]).map((task) => [task + 1, alert.measure]));
+      const found = data.alerts.filter((alert) => alert.group === group).flatMap((alert) => alert.tasks.filter((_, k) => alert.active[k]).map((task) => [task, alert.measure]));
       if (found.length) {
         marks.push({
           x: found.map((one) => one[0]), y: found.map(() => 1), text: found.map((one) => text(one[1])), yaxis: "y2", mode: "markers", name: text(group), cliponaxis: false,
@@ -201,12 +201,12 @@
 
   function lineTable(lines) {
     const all = [...new Set(lines.flatMap((line) => line.tasks))].sort((a, b) => a - b);
-    return table(["task", ...lines.map(full)], all.map((task) => [String(task + 1), ...lines.map((line) => cells(line, line.tasks.indexOf(task)))]));
+    return table(["task", ...lines.map(full)], all.map((task) => [String(task), ...lines.map((line) => cells(line, line.tasks.indexOf(task)))]));
   }
 
   function heatTable([map]) {
     return table(["task", "parameters", "samples", "exactly zero", "within rounding", "below the figure", "in the figure"],
-      map.tasks.map((task, k) => [String(task + 1), ...[map.params[k], map.samples[k], map.zeros[k], map.rounding[k], map.below[k], map.counts[k].reduce((a, b) => a + b, 0)].map(number)]));
+      map.tasks.map((task, k) => [String(task), ...[map.params[k], map.samples[k], map.zeros[k], map.rounding[k], map.below[k], map.counts[k].reduce((a, b) => a + b, 0)].map(number)]));
   }
 
   // Each figure: its place, the choice, and how to draw and tabulate what is chosen.
@@ -240,7 +240,7 @@
   document.querySelectorAll("#spectra .panel").forEach((panel) => add(panel, maps, drawHeat, heatTable));
   if (data.alerts.length) {
     add(document.querySelector("#alerts .panel"), [null], drawAlert, () => table(["task", "run", "measure", "against", "value / reference", "sounds"],
-      shown(data.alerts).flatMap((alert) => alert.tasks.map((task, k) => [String(task + 1), alert.run, alert.measure, alert.against, number(alert.ratio[k]), alert.active[k] ? "yes" : "no"]))));
+      shown(data.alerts).flatMap((alert) => alert.tasks.map((task, k) => [String(task), alert.run, alert.measure, alert.against, number(alert.ratio[k]), alert.active[k] ? "yes" : "no"]))));
   }
   document.querySelectorAll("#runs input").forEach((box) => {
     const swatch = box.parentNode.querySelector(".swatch");
