@@ -21,7 +21,10 @@ def bounds() -> dict[str, str]:
     toml = import_module("tomllib" if sys.version_info >= (3, 11) else "tomli")  # pytest brings tomli
     project = toml.loads((OLDEST.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     extras = project["optional-dependencies"]
-    requirements = [*project["dependencies"], *extras["rl"], *extras["report"], *extras["test"]]
+    requirements = [
+        *project["dependencies"],
+        *(line for name in ("rl", "report", "completion", "test") for line in extras[name]),
+    ]
     found = (re.match(r"([\w-]+)(?:\[\w+\])?>=([\w.]+)", requirement) for requirement in requirements)
     return {match[1].lower(): match[2] for match in found if match}
 

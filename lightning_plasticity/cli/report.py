@@ -30,8 +30,11 @@ def run(arguments: argparse.Namespace) -> Found:
     for directory in arguments.directories:
         if not directory.is_dir():
             raise UsageError(f"{directory} is {'a file' if directory.exists() else 'not there'}, expected a directory.")
-    from lightning_plasticity.report import write_report  # type: ignore[import-not-found,unused-ignore]
+    from lightning_plasticity.report import ReportError, write_report
 
-    written = write_report(arguments.directories, arguments.out)
+    try:
+        written = write_report(arguments.directories, arguments.out)
+    except ReportError as error:
+        raise UsageError(str(error)) from error
     print(f"Report: {written}")
     return OK, {"report": written, "directories": arguments.directories}
