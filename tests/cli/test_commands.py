@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import types
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ import pytest
 
 from lightning_plasticity.cli import main
 from lightning_plasticity.cli.common import to_json
+from lightning_plasticity.linalg import Estimate
+from lightning_plasticity.records import TaskRecord, append_record
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("demo", "study", "report", "measure", "fit")
@@ -136,28 +137,22 @@ def test_json_is_valid_whatever_was_found() -> None:
 # ---- report --------------------------------------------------------------------------------------------------------
 
 
-def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The command hands its words over, and says where the report is."""
-    given: list[Any] = []
-
-    def write_report(directories: Any, out: Path) -> Path:
-        print("words of the report")
-        given.append((list(directories), out))
-        return out
-
-    stand_in = types.ModuleType("lightning_plasticity.report")
-    stand_in.write_report = write_report  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "lightning_plasticity.report", stand_in)
+def test_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command writes the page of all runs, and says where it is."""
     runs, out = [tmp_path / "a", tmp_path / "b"], tmp_path / "report.html"
     for run in runs:
         run.mkdir()
     words = ["report", *map(str, runs), "--out", str(out)]
+    assert main(words) == 2
+    assert "plasticity.jsonl" in capsys.readouterr().err
+    for run, value in zip(runs, (12.5, 37.5), strict=True):
+        values = {"plasticity/weights/norm": Estimate.exactly(value)}
+        append_record(run, TaskRecord("FeatureRankMonitor", 0, "start", 0, values, {}, 0.1, None))
     assert main(words) == 0
     assert str(out) in capsys.readouterr().out
+    assert all(number in out.read_text() for number in ("12.5", "37.5"))
     assert main([*words, "--json"]) == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out) == {"report": str(out), "directories": [str(run) for run in runs]}
-    assert "words of the report" in shown.err
-    assert given == [(runs, out)] * 2
     assert main(["report", str(tmp_path / "c")]) == 2
     assert "c is not there, expected a directory" in capsys.readouterr().err
