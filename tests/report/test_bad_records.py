@@ -127,6 +127,12 @@ def test_names_from_outside_stay_text(tmp_path: Path) -> None:
     assert HOSTILE in seen.text
 
 
+def test_embedded_json_cannot_end_its_script() -> None:
+    text = embed({"a": "</script><!-- & \u2028"})
+    assert not set("<>&\u2028") & set(text)
+    assert json.loads(text) == {"a": "</script><!-- & \u2028"}
+
+
 def test_a_study_that_is_half_done(tmp_path: Path) -> None:
     write_study(tmp_path)
     other = tmp_path / "units" / "other"
