@@ -10,6 +10,7 @@ import pytest
 from report_cases import Seen, data_of, option_of, write_run, write_study
 
 from lightning_plasticity.report import ReportError, write_report
+from lightning_plasticity.report.page import embed
 
 HOSTILE = "<img src=x onerror=alert(1)></script ><script>alert(2)</script>&amp;%{y}"
 
