@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,16 @@ def fill(tensor: Tensor, dim: int, indices: Tensor, value: float) -> None:
         tensor.index_fill_(dim, indices, value)
 
 
+def _flat_indices(shape: torch.Size, dim: int, indices: Tensor) -> Tensor:
+    """The elements of some slices, counted as in a flattened tensor."""
+    chosen = torch.zeros(shape, dtype=torch.bool)
+    fill(chosen, dim, indices, True)
+    return chosen.flatten().nonzero().reshape(-1)
+
+
+_ATTACHED: WeakKeyDictionary[Optimizer, WeakSet[StepCounts]] = WeakKeyDictionary()
+
+
 class StepCounts:
     """Step counts of their own for elements that were reset, under Adam and AdamW.
 
@@ -71,6 +82,7 @@ class StepCounts:
                 if name is not None and "step" in state:
                     steps[name] = int(state["step"])
             if type(optimizer) in (Adam, AdamW):
+                _ATTACHED.setdefault(optimizer, WeakSet()).add(self)
                 self._handles.append(optimizer.register_step_post_hook(self._after_step))
         self._born = {
             name: born
@@ -83,10 +95,14 @@ class StepCounts:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for counts in _ATTACHED.values():
+            counts.discard(self)
 
     def restart(self, optimizers: Iterable[Optimizer], parameter: nn.Parameter, dim: int, indices: Tensor) -> None:
-        """Count from here for these slices."""
+        """Count from here for these slices; what else counted for their elements leaves them to this."""
         name = self._names[id(parameter)]
+        if dim != FLAT and FLAT in self._born.get(name, {}):
+            dim, indices = FLAT, _flat_indices(parameter.shape, dim, indices.cpu())
         for optimizer in optimizers:
             state = optimizer.state.get(parameter)
             if type(optimizer) in (Adam, AdamW) and state and "step" in state:
@@ -94,6 +110,21 @@ class StepCounts:
                 dims = self._born.setdefault(name, {})
                 born = dims.setdefault(dim, torch.zeros(size, dtype=torch.int64))
                 born[indices.cpu()] = int(state["step"])
+                for other in _ATTACHED.get(optimizer, ()):
+                    if other is not self:
+                        other._leave(parameter, dim, indices.cpu())
+
+    def _leave(self, parameter: nn.Parameter, dim: int, indices: Tensor) -> None:
+        """Count no longer for these elements: two corrections of one element would be one too many."""
+        name = self._names.get(id(parameter))
+        if name is None or not self._born.get(name):
+            return
+        flat = torch.zeros(parameter.shape, dtype=torch.int64)
+        for own, born in self._born[name].items():
+            shape = parameter.shape if own == FLAT else [-1 if k == own else 1 for k in range(parameter.ndim)]
+            flat = torch.maximum(flat, born.reshape(shape))
+        fill(flat, dim, indices, 0)
+        self._born[name] = {FLAT: flat.flatten()}
 
     def release(self, parameter: nn.Parameter, indices: Tensor) -> None:
         """Single elements that are not updated any more need no count."""
