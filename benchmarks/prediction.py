@@ -14,10 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lightning_plasticity.study import read_table
 from lightning_plasticity.study.files import write_text
 from lightning_plasticity.study.prediction import alarm, prediction_table
-from lightning_plasticity.study.prediction.alarm import FIRST_TASK
+from lightning_plasticity.study.prediction.alarm import FIRST_TASK, fall
 
 FIXED = {"features/srank": 0.946, "online_accuracy": 0.87}
 ORDER = ("ggn/eps_rank_0.01", "ggn/relative_eps_rank_0.001", "features/effective_rank", "features/srank")
@@ -72,19 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("\nWhich fell first? Task (from 0) of the first drop of 20 % below the best so far, in the runs that fall:\n")
     print(f"| run | outcome | {' | '.join(ORDER)} |\n{'|---' * (len(ORDER) + 2)}|")
     for (method, seed), run in _by_run(rows).items():
-        if math.isfinite(first := fall([row[given.outcome] for row in run])):
-            places = [fall([row[key] for row in run if key in row]) for key in ORDER]
+        if math.isfinite(first := fall(np.array([row[given.outcome] for row in run]))):
+            places = [fall(np.array([row[key] for row in run if key in row])) for key in ORDER]
             print(f"| {method} {seed} | {first:.0f} | {' | '.join(_place(place) for place in places)} |")
-
-
-def fall(values: Sequence[float]) -> float:
-    """Index of the first value at most 80 % of the best so far; infinite for none."""
-    best = -math.inf
-    for task, value in enumerate(values):
-        best = max(best, value)
-        if value <= 0.8 * best:
-            return task
-    return math.inf
 
 
 def _by_run(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int], list[dict[str, Any]]]:

@@ -244,3 +244,35 @@ def test_slippery_ant_in_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     ant.draw(runs, tmp_path / "ant.png")
     assert (tmp_path / "ant.png").stat().st_size > 1000
     assert "| plain |" in ant.report(runs)
+
+
+def test_tables_of_studies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Means, least and most of two seeds; the alarm of one study is tried on the other; what fell first."""
+    from benchmarks import alert_default, prediction, study_table
+    from lightning_plasticity.study.table import write_table
+
+    for name in ("one", "two"):
+        rows: list[dict[str, Any]] = []
+        for method, low in (("plain", 0.2), ("steady", 0.6)):
+            for seed in (0, 1):
+                for task in range(8):
+                    accuracy = 0.6 if task < 5 else low + 0.02 * seed
+                    row = {"online_accuracy": accuracy, "end_accuracy": accuracy, "features/srank": 100 * accuracy}
+                    rank = 50.0 if task < 4 or method == "steady" else 5.0
+                    rows.append({"method": method, "seed": seed, "task": task, **row, "ggn/eps_rank_0.01": rank})
+        (tmp_path / name).mkdir()
+        write_table(rows, tmp_path / name)
+    study_table.main([str(tmp_path / "one")])
+    text = capsys.readouterr().out
+    assert "| plain | 0.60 | 0.21 (0.20 to 0.22) |" in text
+    assert "GGN > 0.01" in text
+    assert "probe" not in text  # which these have not
+    prediction.main([str(tmp_path / "one"), "--resamples", "5"])
+    text = capsys.readouterr().out
+    assert "2 runs fall, 2 do not" in text
+    order = text[text.index("Which fell first") :]
+    assert "| plain 0 | 5 | 4 | never | never | 5 |" in order
+    assert "steady" not in order
+    alert_default.main([str(tmp_path / "one"), str(tmp_path / "two"), "--resamples", "5"])
+    text = capsys.readouterr().out
+    assert "| ggn/eps_rank_0.01 | 0.550 to 0.550 | +1.00 [+1.00, +1.00] | +1.00 [+1.00, +1.00] | +0.00" in text

@@ -71,7 +71,7 @@ def alarm(
         seed: of the bootstrap.
     """
     found = runs(rows, measure, outcome)
-    falls = np.array([_fall(run.outcome, drop) for run in found])
+    falls = np.array([fall(run.outcome, drop) for run in found])
     shares = {up: _joined([_shares(run.measure, up, first_task) for run in found]) for up in (True, False)}
     seeds = np.array([run.seed for run in found])
     detected, lead, false = (np.full(len(found), math.nan) for _ in range(3))
@@ -107,7 +107,7 @@ def alarm(
     )
 
 
-def _fall(outcome: np.ndarray, drop: float) -> float:
+def fall(outcome: np.ndarray, drop: float = DROP) -> float:
     """Index of the task of the fall; infinite for none."""
     fallen = outcome <= (1 - drop) * np.fmax.accumulate(outcome)
     return float(np.argmax(fallen)) if fallen.any() else math.inf
