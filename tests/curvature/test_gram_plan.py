@@ -129,3 +129,38 @@ def test_few_samples(samples):
         measured = problem(64, 300, num_classes, samples=samples, batch=1)
         for bounds in ({}, {"max_seconds": 1e-3}):
             assert 1 <= planned(measured, **bounds).num_samples <= samples
+
+
+class Tokens(nn.Module):
+    """A loss at every position of a sequence: as one sample of many positions, or each position as a sample."""
+
+    def __init__(self, flat):
+        super().__init__()
+        self.flat = flat
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Embedding(20, 8), nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 20))
+
+    def training_step(self, batch):
+        logits, targets = self.net(batch)[:, :-1], batch[:, 1:]
+        if self.flat:
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        return F.cross_entropy(logits.transpose(1, 2), targets)
+
+
+def test_a_sequence_is_a_sample_also_where_the_step_makes_a_sample_of_each_token():
+    """A budget that counted tokens took all sequences and said otherwise."""
+    batches = list(torch.randint(20, (200, 9), generator=torch.Generator().manual_seed(0)).split(50))
+    by_form = [Measured(Tokens(flat), batches) for flat in (False, True)]
+    for max_rows in (1500, 6000):  # 19 rows for each of 8 tokens: 9 sequences fit, or 39
+        plain, flat = (planned(measured, max_rows) for measured in by_form)
+        assert plain == flat
+        assert (plain.exact, plain.num_samples) == ((True, 39) if max_rows == 6000 else (False, 200))
+    flat = by_form[1]
+    for bounds in ({"max_seconds": 1e-3}, {"max_memory": MIB}):
+        plan = planned(flat, **bounds)
+        assert plan.num_samples < 200
+        spectrum = gram_spectrum(flat, "ggn", method="auto", max_rows=1500, num_steps=60, plan=plan)
+        assert (spectrum.num_samples, spectrum.settings["rows"]) == (8 * plan.num_samples, 8 * 19 * plan.num_samples)
+        cut = flat.first(plan.num_samples)
+        whole = gram_spectrum(cut, "ggn", method="lanczos", max_rows=None, num_steps=plan.num_steps)
+        assert abs(whole.lambda_max().value - spectrum.lambda_max().value) < 1e-5 * whole.lambda_max().value

@@ -101,7 +101,7 @@ def estimate_gram(measured: Measured, matrix: Matrix, plan: GramPlan, budget: Bu
     settings: dict[str, Any] = {
         "dtype": dtype_name(found.dtype),
         "mode": measured.mode,
-        "rows": found.num_samples * plan.rows_each,
+        "rows": found.num_rows,
         "route": found.route,
         "num_steps": len(found.quadrature.alpha),
     } | about_masks(active)
@@ -126,6 +126,7 @@ def estimate_gram(measured: Measured, matrix: Matrix, plan: GramPlan, budget: Bu
 class _Found:
     quadrature: LanczosQuadrature
     num_samples: int
+    num_rows: int
     dtype: torch.dtype
     num_products: int
     route: str
@@ -155,7 +156,8 @@ def _on_the_gram_matrix(
         device=kernel.device,
         stop=stop,
     )
-    return _Found(quadrature, gram.num_samples, rows.dtype, gram.num_backward, "lanczos on the Gram matrix", rows.note)
+    route = "lanczos on the Gram matrix"
+    return _Found(quadrature, gram.num_samples, len(kernel), rows.dtype, gram.num_backward, route, rows.note)
 
 
 def _matrix_free(
@@ -187,4 +189,6 @@ def _matrix_free(
     space = "outputs" if isinstance(operator, DualOperator) else "parameters"
     route = f"lanczos by products with the network, in the space of {space}"
     num_samples = sum(root.num_samples for root in roots)
-    return _Found(quadrature, num_samples, jacobian.dtype, 2 * len(quadrature.alpha), route, evaluations[0].note)
+    num_rows = sum(root.num_columns * root.num_samples for root in roots)
+    num_products = 2 * len(quadrature.alpha)
+    return _Found(quadrature, num_samples, num_rows, jacobian.dtype, num_products, route, evaluations[0].note)

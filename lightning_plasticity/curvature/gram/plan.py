@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -37,7 +38,8 @@ class GramPlan:
 
     Attributes:
         exact: whether the Gram matrix is decomposed; else Lanczos estimates.
-        num_samples: N, the first samples of the probe data.
+        num_samples: N, the first samples of the probe data, as its batches count them: a sequence is one, also where
+            the step gives each of its tokens to the loss as a sample of its own.
         rows_each: Gram rows of a sample, at most.
         num_steps: Lanczos steps of an estimate.
         row_bytes: what explicit gradient rows may take at a time; None for 2 GiB.
@@ -230,13 +232,14 @@ def _seconds(function: Callable[[], object]) -> float:
 
 
 def _size(measured: Measured, matrix: Matrix) -> tuple[int, int]:
-    """Samples in all batches, and the most Gram rows that one of them has."""
+    """Samples in all batches, and the most Gram rows that one of them has: of all its tokens, where it has many."""
     total = rows_each = 0
     with measured.open() as closure:
         for index, batch in enumerate(measured.batches):
             loss = require_outputs(closure(batch, index))
-            total += loss.num_samples
-            rows_each = max(rows_each, columns_per_sample(loss, matrix))
+            size = batch_size(batch)
+            total += size
+            rows_each = max(rows_each, math.ceil(columns_per_sample(loss, matrix) * loss.num_samples / size))
     return total, rows_each
 
 
