@@ -5,6 +5,17 @@
 The text is what ships with Python: the Zen of Python and the docstrings of modules of its standard library. Each task
 writes it in another alphabet, a random permutation of the characters: the structure of the language stays, what was
 learnt of single characters is wrong.
+
+About a minute of one core. Expect (seed 0, torch 2.14, Python 3.11, whose docstrings differ a little from other
+versions'; a guess has a loss of 3.37):
+
+- The loss of a task starts at 5.4 to 6.4, worse than a guess, since the network is sure of the old alphabet. It ends at
+  2.11 in the first task, at 1.93, 1.88, 1.80, 1.77 and 1.84 in the next: what is learnt helps, and nothing is lost yet.
+- GGN eigenvalues above 0.01 at the start of a task: 437 to 719 in the fresh network, 705 to 1526 at the second task,
+  1352 to 3408 at the last. In the blocks alone 222 to 406, 527 to 1165, 1167 to 2866: never more than in the whole.
+- The largest eigenvalue, which is known sharply: 1.2, then 15 to 29. That of the Hessian: 1.7, then 13 to 16.
+- Effective rank of the blocks' outputs, at most 32: 22 to 25 throughout. A network that loses its ability to learn is
+  in ``plain_module.ipynb``.
 """
 
 from __future__ import annotations
@@ -99,10 +110,12 @@ def main(num_tasks: int = 6, epochs_per_task: int = 4, max_steps: int = -1) -> N
     L.seed_everything(0, verbose=False)
     stream = DatasetStream(sequences(), another_alphabet, num_tasks, epochs_per_task, batch_size=32)
     net, started = Transformer(), time.perf_counter()
-    settings: dict[str, Any] = {"when": "start", "probe_samples": 64, "max_seconds": 5.0, "num_steps": 40}
-    # 64 x 32 x 28 rows are too many for an exact GGN: it is estimated, with an interval.
-    spectra = HessianSpectrumMonitor(**settings, max_memory=2**30)
-    blocks = HessianSpectrumMonitor("ggn", **settings, max_memory=2**30, params="blocks.*", name="blocks")
+    # 64 x 32 x 28 rows are too many for an exact GGN: it is estimated, with an interval. No bound on the time, so that
+    # the numbers are the same on every machine; a measurement takes some seconds.
+    settings: dict[str, Any] = {"when": "start", "num_steps": 40, "max_seconds": None, "max_memory": 2**30}
+    settings["probe_samples"] = 64 if max_steps < 0 else 8
+    spectra = HessianSpectrumMonitor(**settings)
+    blocks = HessianSpectrumMonitor("ggn", **settings, params="blocks.*", name="blocks")
     features = FeatureRankMonitor(when="start", probe_samples=256)
     print(f"{len(stream.task_data(0)[0])} sequences; loss of a guess {torch.tensor(len(ALPHABET)).log():.2f}")
     for task in range(num_tasks):

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "examples/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 MODULES = [path for path in sorted((ROOT / "lightning_plasticity").rglob("*.py")) if path.name != "__main__.py"]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
@@ -214,6 +214,11 @@ def test_there_are_docstring_examples() -> None:
 
 def test_there_are_examples() -> None:
     assert EXAMPLES
+
+
+def test_examples_are_listed() -> None:
+    listed = set(re.findall(r"\]\(([\w.]+)\)", (ROOT / "examples/README.md").read_text(encoding="utf-8")))
+    assert listed == {path.name for path in (ROOT / "examples").iterdir() if path.is_file()} - {"README.md"}
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=relative)
