@@ -15,8 +15,8 @@ Both networks take two and a half minutes of one core. Expect (seed 0, torch 2.1
 - Accuracy, a mean over the 25 epochs of a task, rises from 0.42 to 0.74 without L2-ER and to 0.73 with it. With
   BatchNorm, in eight tasks of 250 steps, nothing is lost yet, and a remedy has nothing to mend. A network that does
   lose its ability to learn is in ``plain_module.ipynb``: no BatchNorm, 14 tasks of 750 steps.
-- Effective rank at the last task, of at most 64: of the last block 38.9 without L2-ER and 40.8 with it, of what the head
-  reads (its mean over positions) 22.6 and 25.0. L2-ER acts on these two, gently, as its strength is.
+- Effective rank at the last task, of at most 64: of the last block 38.9 without L2-ER and 40.8 with it, of what the
+  head reads (its mean over positions) 22.6 and 25.0. L2-ER acts on these two, gently, as its strength is.
 """
 
 from __future__ import annotations
