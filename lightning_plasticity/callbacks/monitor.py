@@ -411,6 +411,6 @@ def _moved(batch: Any, device: torch.device) -> Any:
 def _by_cause(failures: Mapping[str, str]) -> dict[str, str]:
     """The parts that failed, by cause, so that one cause is told once."""
     causes: dict[str, list[str]] = {}
-    for part, why in failures.items():
-        causes.setdefault(why, []).append(part)
+    for name, why in failures.items():
+        causes.setdefault(why, []).append(name)
     return {why: ", ".join(filter(None, parts)) for why, parts in causes.items()}

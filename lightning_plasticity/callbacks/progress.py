@@ -30,7 +30,8 @@ class TqdmLine:
         text = text[: shutil.get_terminal_size().columns - 1]  # of a wrapped line a part would be left
         if self._line is None:
             self._line = Tqdm(desc=text, bar_format="{desc}", leave=False, file=self._file)
-        self._line.set_description_str(text)
+        else:
+            self._line.set_description_str(text)
 
     def close(self) -> None:
         """Take it away."""

@@ -44,7 +44,7 @@ class Progress:
     @property
     def seconds_left(self) -> float | None:
         """By the mean time of those that are done; None where that says nothing."""
-        if self.total is None or not self.done:
+        if self.total is None or not 0 < self.done < self.total:
             return None
         each = self.elapsed / self.done
         return max(0.0, min(each * (self.total - self.done), self.deadline))
