@@ -366,8 +366,8 @@ class BoundaryMonitor(FewHooks):
 
     def _expected(self, pl_module: LightningModule, phase: Phase) -> float:
         """Seconds that the next measurement will take; infinite for a first one that may be long."""
-        if self.records:
-            like = [record for record in self.records if record.phase == phase] or self.records
+        if whole := [record for record in self.records if record.failure != INTERRUPTED]:
+            like = [record for record in whole if record.phase == phase] or whole
             return like[-1].seconds
         with suppress(Exception):
             return math.inf if self.may_be_long(pl_module) else 0.0
