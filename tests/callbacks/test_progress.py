@@ -25,6 +25,7 @@ from lightning_plasticity.callbacks import progress as shown_file
 from lightning_plasticity.callbacks.interrupts import INTERRUPTED
 from lightning_plasticity.linalg import progress as progress_file
 from lightning_plasticity.linalg import watching
+from lightning_plasticity.records import TaskRecord
 
 pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory .* exists and is not empty:UserWarning")
 
@@ -241,3 +242,15 @@ def test_narrow_terminals_get_less_text(screen: Terminal, monkeypatch: pytest.Mo
     assert screen.rows == ["task 0 start: hessi"]
     line.close()
     assert screen.rows == []
+
+
+def test_an_interrupted_measurement_says_nothing_of_the_next() -> None:
+    monitor, module = hessian(), Classifier(mlp())
+    about = {"task": 0, "step": 0, "values": {}, "settings": {}}
+    whole = TaskRecord("HessianSpectrumMonitor", phase="end", seconds=40.0, failure=None, **about)  # type: ignore[arg-type]
+    broken = TaskRecord("HessianSpectrumMonitor", phase="start", seconds=3.0, failure=INTERRUPTED, **about)  # type: ignore[arg-type]
+    expected = []
+    for records in ([], [broken], [whole, broken]):
+        monitor.records = records
+        expected.append(monitor._expected(module, "start"))
+    assert expected == [0.0, 0.0, 40.0]
