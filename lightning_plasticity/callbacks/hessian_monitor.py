@@ -15,8 +15,9 @@ from lightning_plasticity.callbacks.arguments import choice, choices, decimal, f
 from lightning_plasticity.callbacks.kept_plans import KeptPlans
 from lightning_plasticity.callbacks.live import live_optimizers
 from lightning_plasticity.callbacks.measurement import Measurement
-from lightning_plasticity.callbacks.monitor import BoundaryMonitor, OnError, Phase, tell
+from lightning_plasticity.callbacks.monitor import BoundaryMonitor, OnError, Phase
 from lightning_plasticity.callbacks.processes import describe
+from lightning_plasticity.callbacks.progress import tell
 from lightning_plasticity.curvature import Measured, MeasurementError, Spectrum, measure_hessian
 from lightning_plasticity.curvature.budget import Budget, training_step_bytes
 from lightning_plasticity.curvature.gram.estimate import gram_spectrum

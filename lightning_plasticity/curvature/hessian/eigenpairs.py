@@ -18,6 +18,7 @@ from lightning_plasticity.curvature.hessian.operator import HessianOperator
 from lightning_plasticity.curvature.hessian.problem import opened
 from lightning_plasticity.curvature.loss.closure import LossFunction
 from lightning_plasticity.curvature.measured import RESOLUTION, Measured, about_masks, dtype_name, finite
+from lightning_plasticity.linalg.progress import part
 from lightning_plasticity.nn import Mode
 from lightning_plasticity.nn.masks import plain_names
 
@@ -56,6 +57,7 @@ class Eigenpairs:
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
 
+@part("eigenpairs")
 def hessian_eigenpairs(
     model: nn.Module,
     loss_fn: LossFunction | None,

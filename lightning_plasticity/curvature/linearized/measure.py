@@ -24,8 +24,16 @@ from lightning_plasticity.curvature.hessian.measure import Method, check_method
 from lightning_plasticity.curvature.linearized.result import LinearizedPrediction
 from lightning_plasticity.curvature.linearized.start import KERNELS, Kernel, Start, start_of
 from lightning_plasticity.curvature.loss.closure import LossFunction
-from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite, require_outputs
+from lightning_plasticity.curvature.measured import (
+    RESOLUTION,
+    Measured,
+    announce_eigenvalues,
+    dtype_name,
+    finite,
+    require_outputs,
+)
 from lightning_plasticity.linalg import lanczos
+from lightning_plasticity.linalg.progress import part
 from lightning_plasticity.nn import Mode
 
 EXACT_ROWS = 2000  # N C up to which "auto" decomposes the whole Gram matrix: about two seconds
@@ -107,6 +115,7 @@ def linearized_trainability(
     return measure_linearized(measured, learning_rate, num_steps, kernel, method, lanczos_steps)
 
 
+@part("linearized")
 def measure_linearized(
     measured: Measured,
     learning_rate: float,
@@ -164,6 +173,7 @@ def _exact(measured: Measured, kernel: Kernel) -> tuple[Start, dict[str, Any]]:
             return start, _nothing_left()
         gram = assemble(rows.batches)
     scale = start.curvature / start.num_samples if kernel == "ntk" else 1.0
+    announce_eigenvalues(len(gram.matrix))
     values, vectors = torch.linalg.eigh(finite(gram.matrix) * scale)
     coefficients = vectors.T @ residual.to(vectors.device)
     found = {"nodes": values.clamp_min(0.0).cpu(), "masses": coefficients.square().cpu()}
