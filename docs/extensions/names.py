@@ -1,0 +1,74 @@
+"""Public names lead to their entry: under each path to import them from, and wherever a page has one in code."""
+
+from collections import defaultdict
+from importlib import import_module
+from typing import Any
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.domains.python import ObjectEntry
+from sphinx.environment import BuildEnvironment
+from sphinx.transforms.post_transforms import SphinxPostTransform
+from sphinx.util.nodes import make_refnode
+
+from reference import ROOT, path_of, public_names
+
+
+def add_aliases(app: Sphinx, env: BuildEnvironment) -> None:
+    """Put a name that has its entry under another path in the inventory too."""
+    objects = env.domaindata["py"]["objects"]
+    for module in env.domaindata["py"]["modules"]:
+        for name in public_names(import_module(module)):
+            entry = objects[path_of(module, name)]
+            alias = ObjectEntry(entry.docname, entry.node_id, entry.objtype, aliased=True)
+            objects.setdefault(f"{module}.{name}", alias)
+
+
+class LinkNames(SphinxPostTransform):
+    """Make links of ``Spectrum``, ``Spectrum.load``, ``curvature.layer_spectra`` and ``layer_spectra(...)``."""
+
+    default_priority = 200
+
+    def run(self, **options: Any) -> None:
+        """Called by Sphinx."""
+        self.objects = self.env.domaindata["py"]["objects"]
+        for literal in list(self.document.findall(nodes.literal)):
+            around = (nodes.reference, nodes.title, addnodes.desc_signature)
+            node = literal.parent
+            while node and not isinstance(node, around):
+                node = node.parent
+            entry = None if node else self.entry_of(literal.astext())
+            if entry:
+                link = make_refnode(self.app.builder, self.env.docname, entry.docname, entry.node_id, literal.deepcopy())
+                literal.replace_self(link)
+
+    def entry_of(self, code: str) -> ObjectEntry | None:
+        """The entry of the name that some code is, or calls; None where several could be meant."""
+        name, call, _ = code.partition("(")
+        if not (call or "." in name or name[:1].isupper()):
+            return None  # `trainability` and `effective_rank` are words and keys too
+        found = self.by_ending[name]
+        here = [entry for entry in found if entry.docname == self.env.docname]
+        return here[0] if len(here) == 1 else found[0] if len(found) == 1 else None
+
+    @property
+    def by_ending(self) -> dict[str, list[ObjectEntry]]:
+        """The entries of public names and their members by all that a path can end with."""
+        found = self.env.temp_data.get("entries_by_ending")
+        if found is None:
+            found = self.env.temp_data["entries_by_ending"] = defaultdict(list)
+            for path, entry in self.objects.items():
+                words = path.split(".")
+                for first in range(len(words)):
+                    known = found[".".join(words[first:])]
+                    if path.startswith(ROOT) and all(one.node_id != entry.node_id for one in known):
+                        known.append(entry)
+        return found
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    """Called by Sphinx."""
+    app.connect("env-updated", add_aliases)
+    app.add_post_transform(LinkNames)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
