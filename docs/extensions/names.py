@@ -1,6 +1,7 @@
 """Public names lead to their entry: under each path to import them from, and wherever a page has one in code."""
 
 from collections import defaultdict
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -12,7 +13,9 @@ from sphinx.environment import BuildEnvironment
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.nodes import make_refnode
 
-from reference import ROOT, path_of, public_names
+from reference import path_of, public_names
+
+MEMBERS = ("method", "property", "attribute", "classmethod", "staticmethod")
 
 
 def add_aliases(app: Sphinx, env: BuildEnvironment) -> None:
@@ -25,6 +28,20 @@ def add_aliases(app: Sphinx, env: BuildEnvironment) -> None:
             objects.setdefault(f"{module}.{name}", alias)
 
 
+@cache
+def entries_by_ending(env: BuildEnvironment) -> dict[str, list[ObjectEntry]]:
+    """The entries of public names and their members by all that their paths end with; of members with the class at least."""
+    found = defaultdict(list)
+    for path, entry in env.domaindata["py"]["objects"].items():
+        words = path.split(".")
+        last = len(words) - (entry.objtype in MEMBERS)
+        for first in range(last):
+            known = found[".".join(words[first:])]
+            if all(one.node_id != entry.node_id for one in known):
+                known.append(entry)
+    return found
+
+
 class LinkNames(SphinxPostTransform):
     """Make links of ``Spectrum``, ``Spectrum.load``, ``curvature.layer_spectra`` and ``layer_spectra(...)``."""
 
@@ -32,39 +49,23 @@ class LinkNames(SphinxPostTransform):
 
     def run(self, **options: Any) -> None:
         """Called by Sphinx."""
-        self.objects = self.env.domaindata["py"]["objects"]
         for literal in list(self.document.findall(nodes.literal)):
-            around = (nodes.reference, nodes.title, addnodes.desc_signature)
             node = literal.parent
-            while node and not isinstance(node, around):
+            while node and not isinstance(node, (nodes.reference, nodes.title, addnodes.desc_signature)):
                 node = node.parent
             entry = None if node else self.entry_of(literal.astext())
             if entry:
-                link = make_refnode(self.app.builder, self.env.docname, entry.docname, entry.node_id, literal.deepcopy())
-                literal.replace_self(link)
+                here, there = self.env.docname, (entry.docname, entry.node_id)
+                literal.replace_self(make_refnode(self.app.builder, here, *there, literal.deepcopy()))
 
     def entry_of(self, code: str) -> ObjectEntry | None:
         """The entry of the name that some code is, or calls; None where several could be meant."""
         name, call, _ = code.partition("(")
         if not (call or "." in name or name[:1].isupper()):
             return None  # `trainability` and `effective_rank` are words and keys too
-        found = self.by_ending[name]
-        here = [entry for entry in found if entry.docname == self.env.docname]
-        return here[0] if len(here) == 1 else found[0] if len(found) == 1 else None
-
-    @property
-    def by_ending(self) -> dict[str, list[ObjectEntry]]:
-        """The entries of public names and their members by all that a path can end with."""
-        found = self.env.temp_data.get("entries_by_ending")
-        if found is None:
-            found = self.env.temp_data["entries_by_ending"] = defaultdict(list)
-            for path, entry in self.objects.items():
-                words = path.split(".")
-                for first in range(len(words)):
-                    known = found[".".join(words[first:])]
-                    if path.startswith(ROOT) and all(one.node_id != entry.node_id for one in known):
-                        known.append(entry)
-        return found
+        found = entries_by_ending(self.env).get(name, [])
+        nearby = [entry for entry in found if entry.docname == self.env.docname] or found
+        return nearby[0] if len(nearby) == 1 else None
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Room(SphinxDirective):
         paths = {path_of(module.__name__, name): getattr(module, name) for name in public_names(module)}
         # autosummary does not want to list a module's names on that module's own page.
         text = [f".. module:: {module.__name__}", ".. currentmodule:: None", "", *inspect.cleandoc(module.__doc__ or "").splitlines(), ""]
-        text += [".. autosummary::", "   :nosignatures:", "", *(f"   {path}" for path in paths), ""]
+        text += [".. autosummary::", "   :nosignatures:", "", *(f"   ~{path}" for path in paths), ""]
         for path, value in paths.items():
             _evaluate(value)
             text += [f".. auto{_kind(value)}:: {path}", ""]
