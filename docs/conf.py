@@ -1,4 +1,4 @@
-"""Settings of the documentation site; ``make docs`` builds it. The pages are Markdown that also reads well without it."""
+"""Settings of the documentation site; ``make docs`` builds it. The pages read well without it too."""
 
 import sys
 from importlib.metadata import version as version_of
@@ -12,8 +12,8 @@ author = "lightning_plasticity developers"
 copyright = author
 version = release = version_of("lightning-plasticity")
 
-# The source directory is the repository, so that a link from a page to a file outside of docs/ leads there, as it does in the
-# repository: to a page where it is one of these, else to a download.
+# The source directory is the whole repository, so that links from a page to a file outside of docs/ work in the site as
+# they do in the repository: they lead to a page where the file is one of these, else to a download.
 root_doc = "docs/index"
 include_patterns = ["docs/**", "benchmarks/README.md", "benchmarks/results/**", "*.md"]
 exclude_patterns = ["README.md", ".*", "build", "dist"]
@@ -44,13 +44,12 @@ python_use_unqualified_type_names = True
 napoleon_use_ivar = True
 napoleon_use_rtype = False
 napoleon_attr_annotations = True
-add_module_names = False
 maximum_signature_line_length = 90
 toc_object_entries_show_parents = "hide"
 
 nitpicky = True
-# Not to be found: names of other packages, whose sites cannot be asked (a build works offline), and types of ours that users
-# are handed and never make.
+# Types that lead nowhere: those of other packages, whose sites are not asked (a build works offline), and some of ours
+# that have no public name.
 OTHERS = "torch|numpy|lightning|pytorch_lightning|torchmetrics|collections|pathlib|os|rich|gymnasium"
 OURS = (
     r"callbacks\.(base\.Callback|measurement\.Measurement)|curvature\.loss\.output_root\.OutputRoot|study\.config\.Unit|"

@@ -6,14 +6,13 @@ from importlib import import_module
 from typing import Any
 
 from docutils import nodes
+from reference import path_of, public_names
 from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.domains.python import ObjectEntry
 from sphinx.environment import BuildEnvironment
 from sphinx.transforms.post_transforms import SphinxPostTransform
 from sphinx.util.nodes import make_refnode
-
-from reference import path_of, public_names
 
 MEMBERS = ("method", "property", "attribute", "classmethod", "staticmethod")
 
@@ -30,7 +29,7 @@ def add_aliases(app: Sphinx, env: BuildEnvironment) -> None:
 
 @cache
 def entries_by_ending(env: BuildEnvironment) -> dict[str, list[ObjectEntry]]:
-    """The entries of public names and their members by all that their paths end with; of members with the class at least."""
+    """The entries of names by all that their paths end with; for members of a class, at least both names."""
     found = defaultdict(list)
     for path, entry in env.domaindata["py"]["objects"].items():
         words = path.split(".")

@@ -10,9 +10,9 @@ from sphinx.application import Sphinx
 # takes fails the strict build.
 NAVIGATION = {
     "docs/index": {
-        "Getting started": ["docs/getting_started", "docs/how-to/plain_module", "docs/how-to/examples*", "docs/comparison"],
-        "Concepts": ["docs/concepts/spectrum", "docs/concepts/epsilon_rank", "docs/concepts/features", "docs/concepts/*"],
-        "How to": ["docs/how-to/trainer", "docs/how-to/reading_results", "docs/how-to/reading_a_report", "docs/how-to/*"],
+        "Getting started": ["docs/getting_started", "docs/how-to/plain_module", "docs/*examples*", "docs/comparison"],
+        "Concepts": ["docs/concepts/spectrum", "docs/concepts/epsilon_rank", "docs/concepts/*"],
+        "How to": ["docs/how-to/trainer", "docs/how-to/reading_*", "docs/how-to/*"],
         "Reference": ["docs/reference/index", "docs/reference/callbacks", "docs/reference/*"],
         "Studies": ["docs/studies/demo", "docs/studies/methods", "docs/studies/*", "benchmarks/README"],
         "Project": ["CHANGELOG", "CONTRIBUTING", "docs/project/*"],

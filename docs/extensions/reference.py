@@ -43,8 +43,9 @@ class Room(SphinxDirective):
         module = import_module(self.arguments[0])
         self.env.note_dependency(str(module.__file__))
         paths = {path_of(module.__name__, name): getattr(module, name) for name in public_names(module)}
-        # autosummary does not want to list a module's names on that module's own page.
-        text = [f".. module:: {module.__name__}", ".. currentmodule:: None", "", *inspect.cleandoc(module.__doc__ or "").splitlines(), ""]
+        about = inspect.cleandoc(module.__doc__ or "").splitlines()
+        # autosummary does not want to list a module's names on that module's own page: there is no current module.
+        text = [f".. module:: {module.__name__}", ".. currentmodule:: None", "", *about, ""]
         text += [".. autosummary::", "   :nosignatures:", "", *(f"   ~{path}" for path in paths), ""]
         for path, value in paths.items():
             _evaluate(value)

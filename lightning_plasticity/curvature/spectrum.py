@@ -132,7 +132,7 @@ class Spectrum:
         )
 
     def effective_rank(self) -> Estimate:
-        """The exponential of the entropy of ``|lambda| / sum |lambda|`` (Roy and Vetterli 2007), 1 to ``num_params``."""
+        """The exponential of the entropy of ``|lambda| / sum |lambda|`` (Roy, Vetterli 2007), 1 to ``num_params``."""
         return self._bounded(effective_rank_of)
 
     def srank(self, delta: float = 0.01) -> Estimate:
