@@ -15,7 +15,7 @@ NAVIGATION = {
         "How to": ["docs/how-to/trainer", "docs/how-to/reading_*", "docs/how-to/*"],
         "Reference": ["docs/reference/index", "docs/reference/callbacks", "docs/reference/*"],
         "Studies": ["docs/studies/demo", "docs/studies/methods", "docs/studies/*", "benchmarks/README"],
-        "Project": ["CHANGELOG", "CONTRIBUTING", "docs/project/*"],
+        "Project": ["CHANGELOG", "docs/project/*", "SUPPORT", "SECURITY", "CONTRIBUTING"],
     },
     "benchmarks/README": {"Results": ["benchmarks/results/*"]},
 }
