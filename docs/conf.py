@@ -34,7 +34,6 @@ autodoc_default_options = {
     "members": True,
     "inherited-members": f"{THEIR_CLASSES}, HyperparametersMixin, DataHooks, BaseException, tuple, object",
     "member-order": "bysource",
-    "show-inheritance": True,
 }
 autodoc_inherit_docstrings = False
 autodoc_typehints = "description"

@@ -1,6 +1,7 @@
 """``.. room:: MODULE``: a table of a module's public names, then each with its docstring."""
 
 import inspect
+import re
 import typing
 from contextlib import suppress
 from functools import cache
@@ -10,6 +11,7 @@ from typing import Any
 
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.domains.python import PyObject
 from sphinx.util.docutils import SphinxDirective
 
 ROOT = "lightning_plasticity"
@@ -49,7 +51,7 @@ class Room(SphinxDirective):
         text += [".. autosummary::", "   :nosignatures:", "", *(f"   ~{path}" for path in paths), ""]
         for path, value in paths.items():
             _evaluate(value)
-            text += [f".. auto{_kind(value)}:: {path}", ""]
+            text += [f".. auto{_kind(value)}:: {path}", *(["   :show-inheritance:"] if outside(value) else []), ""]
         return self.parse_text_to_nodes("\n".join(text), allow_section_headings=True)
 
 
@@ -57,6 +59,13 @@ def _kind(value: object) -> str:
     if inspect.isclass(value):
         return "exception" if issubclass(value, BaseException) else "class"
     return "function" if inspect.isroutine(value) else "data"
+
+
+def outside(value: object) -> list[type]:
+    """The classes of other packages that a class is."""
+    known = value.__mro__ if inspect.isclass(value) else ()
+    ours = (ROOT, "typing")
+    return [one for one in known if one.__module__.partition(".")[0] not in ours and one not in (object, tuple)]
 
 
 def _evaluate(value: object) -> None:
@@ -68,9 +77,14 @@ def _evaluate(value: object) -> None:
 
 def public_bases(app: Sphinx, name: str, value: type, options: Any, bases: list[Any]) -> None:
     """Name the classes of other packages that it is, in the place of those that are nobody's business."""
-    outside = [base for base in value.__mro__ if base.__module__.partition(".")[0] not in (ROOT, "builtins")]
-    nearest = [base for base in outside if not any(base is not one and issubclass(one, base) for one in outside)]
+    theirs = outside(value)
+    nearest = [base for base in theirs if not any(base is not one and issubclass(one, base) for one in theirs)]
     bases[:] = {base.__name__: base for base in reversed(nearest)}.values()  # Lightning has two packages
+
+
+def shorten(app: Sphinx, kind: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """Show the types of attributes as those of arguments are shown, without their modules."""
+    lines[:] = [re.sub(r"(?<![\w.])((\w+\.)+\w)", r"~\1", x) if x.startswith(":vartype") else x for x in lines]
 
 
 def skip_hooks(app: Sphinx, kind: str, name: str, value: Any, skip: bool, options: Any) -> bool | None:
@@ -85,6 +99,10 @@ def skip_hooks(app: Sphinx, kind: str, name: str, value: Any, skip: bool, option
 def setup(app: Sphinx) -> dict[str, Any]:
     """Called by Sphinx."""
     app.add_directive("room", Room)
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"  # as the docstrings call them
     app.connect("autodoc-process-bases", public_bases)
+    app.connect("autodoc-process-docstring", shorten, priority=900)  # after napoleon
     app.connect("autodoc-skip-member", skip_hooks)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
