@@ -3,6 +3,7 @@
 #   make test                    set up, then lint, types and tests
 #   make test-oldest            the tests with the lower bounds of pyproject.toml
 #   make tests ARGS="-k lanczos" run some tests
+#   make docs                    the documentation site in build/docs
 # A stamp file in the virtual environment records an install; it is redone only when pyproject.toml changes.
 
 PYTHON ?= python3
@@ -27,7 +28,7 @@ EMPTY := $(VENV)-wheel
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test install dev lint format types tests test-oldest test-newest test-public test-wheel dist bench clean
+.PHONY: help demo test install dev lint format types tests test-oldest test-newest test-public test-wheel dist docs bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -87,6 +88,9 @@ test-wheel: dist ## install the wheel into an empty environment, without and wit
 	cp tests/smoke.py $(EMPTY) && cd $(EMPTY) && bin/python smoke.py
 	$(EMPTY)/bin/python -m pip install "$$(ls dist/*.whl)[report,completion]"
 	cd $(EMPTY) && bin/python smoke.py
+
+docs: $(INSTALLED_DEV) ## build the documentation site in build/docs; a warning fails
+	$(BIN)/python -m sphinx --conf-dir docs --doctree-dir build/doctrees --fail-on-warning --keep-going --nitpicky . build/docs
 
 bench: $(INSTALLED_BENCH) ## compare speed with other libraries (ARGS="--quick" for a smoke test)
 	$(BIN)/python -m benchmarks.peers $(ARGS)

@@ -57,20 +57,20 @@ class HessianSpectrumMonitor(BoundaryMonitor):
     Logged, with m one of ``ggn``, ``hessian``, ``ntk`` (``plasticity/end/...`` for the end of a task; estimates also
     with ``_lower`` and ``_upper``; those of the start also reach ``trainer.callback_metrics``):
 
-    - ``plasticity/m/eps_rank_<eps>``: eigenvalues with |lambda| > eps, a count; eps in units of the loss.
-    - ``plasticity/m/relative_eps_rank_<eps>``: the same above eps times the largest |lambda|.
-    - ``plasticity/m/effective_rank``: of |lambda|, between 1 and the number of parameters.
+    - ``plasticity/m/eps_rank_<eps>``: eigenvalues with ``|lambda|`` > eps, a count; eps in units of the loss.
+    - ``plasticity/m/relative_eps_rank_<eps>``: the same above eps times the largest ``|lambda|``.
+    - ``plasticity/m/effective_rank``: of ``|lambda|``, between 1 and the number of parameters.
     - ``plasticity/m/trace``, ``lambda_max``, ``lambda_min``: in units of the loss.
     - ``plasticity/m/negative_fraction``: share of negative eigenvalues (Hessian only).
     - ``plasticity/m/num_samples``: samples measured on.
     - ``plasticity/task``: index of the task; the x axis is the cumulative optimizer step.
-    - histograms ``plasticity/m/spectrum_log10`` (of log10 |lambda|) and figures ``plasticity/m/spectra`` (all tasks so
-      far).
+    - histograms ``plasticity/m/spectrum_log10`` (of ``log10 |lambda|``) and figures ``plasticity/m/spectra`` (all tasks
+      so far).
 
     Args:
         quantities: which matrices.
         eps: absolute thresholds of the eps-rank.
-        relative_eps: thresholds relative to the largest |lambda|.
+        relative_eps: thresholds relative to the largest ``|lambda|``.
         probe_samples: samples to measure on; None for 512. The GGN is exact on the first of them that keep its Gram
             matrix within ``max_rows`` where those are 32 or more, else estimated on all.
         when: ``"start"``, ``"end"`` or both.

@@ -36,8 +36,8 @@ class LanczosResult:
             for its start vector.
         basis: (K, P) the orthonormal vectors, in the operator's dtype, or None when they were not asked for.
         num_products: operator applications used, one for each step.
-        asymmetry: the largest |<v_j, H v_k>|, j < k - 1, relative to the largest coefficient so far: rounding where the
-            operator is symmetric.
+        asymmetry: the largest ``|<v_j, H v_k>|``, j < k - 1, relative to the largest coefficient so far: rounding where
+            the operator is symmetric.
     """
 
     alpha: NDArray[np.float64]

@@ -96,7 +96,7 @@ class ArpackIteration:
         return inside
 
     def _power(self) -> float:
-        """The largest |eigenvalue| from below, its order of magnitude at least."""
+        """The largest ``|eigenvalue|`` from below, its order of magnitude at least."""
         vector, size = self.random.standard_normal(len(self.indices)), 0.0
         for _ in range(POWER_STEPS):
             vector = self._product(vector / np.linalg.norm(vector))

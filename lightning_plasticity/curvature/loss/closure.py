@@ -99,7 +99,7 @@ class LossClosure:
 
     @property
     def num_losses(self) -> int:
-        """How many losses the last step gave: several where ``manual_backward`` took several."""
+        """How many losses the last step gave, several where ``manual_backward`` took several."""
         return max(1, len(self._collected))
 
     def _loss_note(self) -> str:
