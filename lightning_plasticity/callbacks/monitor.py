@@ -46,7 +46,7 @@ from lightning_plasticity.loggers import pixels_of, takes_images
 from lightning_plasticity.nn import undisturbed
 from lightning_plasticity.nn.batches import is_plain, map_tensors
 from lightning_plasticity.nn.precision import measured_dtype
-from lightning_plasticity.records import TaskRecord, append_record
+from lightning_plasticity.records import TaskRecord, append_record, installed_versions
 from lightning_plasticity.trainability.fresh import reinitialize
 
 Phase = Literal["start", "end"]
@@ -264,7 +264,8 @@ class BoundaryMonitor(FewHooks):
         settings = measurement.settings | {"identity": self.state_key}
         values = {self.named(key): estimate for key, estimate in measurement.values.items()}
         about = (name, task, phase, self._tracker.step)
-        self._keep(trainer, pl_module, TaskRecord(*about, values, settings, seconds, failure), measurement)
+        record = TaskRecord(*about, values, settings, seconds, failure, versions=installed_versions())
+        self._keep(trainer, pl_module, record, measurement)
 
     def _measured(self, trainer: Trainer, pl_module: LightningModule, phase: Phase) -> Measurement:
         _refuse_lazy(pl_module)

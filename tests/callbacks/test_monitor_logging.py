@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from runs import Classifier, Validated, loader, loading, mlp, monitors, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_plasticity import FeatureRankMonitor, HessianSpectrumMonitor, Spectrum
+from lightning_plasticity import FeatureRankMonitor, HessianSpectrumMonitor, Spectrum, TaskRecord, read_records
 from lightning_plasticity.callbacks import hessian_monitor
 from lightning_plasticity.callbacks import monitor as monitor_file
 from lightning_plasticity.curvature import measure_hessian
@@ -247,3 +247,16 @@ def test_lightning_cli(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(names) < set(found)
     assert found["FeatureRankMonitor"].layers == ["layer.input"]
     assert len(found["FeatureRankMonitor"].records) == 2
+
+
+def test_records_say_which_versions_made_them(tmp_path: Path) -> None:
+    monitor = FeatureRankMonitor(when="start", save_dir=str(tmp_path))
+    fit([monitor], tasks=1)
+    (record,) = read_records(tmp_path)
+    assert record.versions["torch"] == torch.__version__.partition("+")[0]
+    assert record.versions["lightning"] == L.__version__
+    assert record == monitor.records[0]
+    # Records of before that know none.
+    plain = record.to_dict()
+    del plain["versions"]
+    assert TaskRecord.from_dict(plain).versions == {}
