@@ -221,7 +221,7 @@ class HessianSpectrumMonitor(BoundaryMonitor):
             prefix = f"plasticity/{quantity}"
             measurement.values |= {f"{prefix}/{key}": value for key, value in self._numbers(spectrum).items()}
             measurement.spectra[quantity] = spectrum
-            measurement.histograms[f"{prefix}/spectrum_log10"] = (spectrum.eigenvalues.abs(), spectrum.counts)
+            measurement.histograms[f"{prefix}/spectrum_log10"] = spectrum
             measurement.settings[quantity] = _about(spectrum)
             if note := spectrum.settings.get("note"):
                 self._warn_once(trainer, note, f"{type(self).__name__}: {note}")
@@ -297,7 +297,9 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         drawn = {}
         for quantity, spectrum in measurement.spectra.items():
             self._spectra[quantity][record.task] = spectrum
-            title = f"{quantity} spectrum at task {record.phase}, {spectrum.num_samples} samples"
+            name = quantity.capitalize() if quantity == "hessian" else quantity.upper()
+            samples = f"{spectrum.num_samples} samples"
+            title = f"{name} at task {record.phase}, up to task {record.task + 1}, {samples}"
             drawn[f"plasticity/{quantity}/spectra"] = spectra_figure(self._spectra[quantity], title)
         return drawn
 
