@@ -74,13 +74,14 @@ def log_measurement(
 ) -> None:
     """Scalars, histograms and pictures; ``named`` puts a monitor's name into the keys of the last two."""
     scalars: dict[str, float] = {"plasticity/task": float(record.task)}
-    # An exact spectrum has intervals too, of rounding, at some tasks only: for the record, not for curves.
+    # An exact spectrum has intervals too, of rounding, at some tasks only: for the record, not for curves. Those of a
+    # quadrature are logged at all tasks, whatever their width.
     spectra = measurement.spectra.items()
-    estimated = tuple(named(f"plasticity/{matrix}/") for matrix, spectrum in spectra if not spectrum.exact)
+    estimated = tuple(named(f"plasticity/{matrix}/") for matrix, spectrum in spectra if spectrum.quadrature is not None)
     for key, estimate in record.values.items():
         tag = phased(key, record.phase)
         scalars[tag] = estimate.value
-        if not estimate.exact and key.startswith(estimated):
+        if key.startswith(estimated) and not key.endswith("/num_samples"):
             scalars |= {f"{tag}_lower": estimate.lower, f"{tag}_upper": estimate.upper}
     log_scalars(logger, scalars, record.step)
     for key, found in measurement.histograms.items() if takes_histograms(logger) else ():

@@ -6,7 +6,7 @@ The other tabs group tags by what stands before the first slash, so that there a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -15,6 +15,8 @@ from weakref import WeakKeyDictionary
 
 Layout = dict[str, dict[str, list[Any]]]
 
+# Estimates that always have a value. TensorBoard draws an error for a band where one of its three lines lacks a step.
+BANDS = ("effective_rank", "trace", "lambda_max", "lambda_min")
 SEARCHED = 2**24  # bytes at the start of an event file; a layout is written early
 ANOTHER_LAYOUT = re.compile(rb"custom_scalars__config__(?!.{0,48}plasticity)", re.DOTALL)
 
@@ -24,13 +26,13 @@ class Board:
     """What a writer has been sent.
 
     Attributes:
-        tags: of scalars, in order.
-        gaps: tags that were missing where their interval was not; TensorBoard refuses to draw a band around those.
+        tags: of scalars, in the order of the charts.
+        finite: those of them that have had a finite value.
         layout: the last one written.
     """
 
     tags: dict[str, None] = field(default_factory=dict)
-    gaps: set[str] = field(default_factory=set)
+    finite: set[str] = field(default_factory=set)
     layout: Layout = field(default_factory=dict)
 
 
@@ -47,38 +49,38 @@ def arrange_charts(experiment: Any, values: Mapping[str, float]) -> None:
         values: numbers just sent, and those that were not finite.
     """
     board = _boards.setdefault(experiment, Board())
-    sent = {tag for tag, value in values.items() if isfinite(value)}
-    new = dict.fromkeys(tag for tag in values if tag in sent and tag not in board.tags)
-    gaps = {tag for tag in values if 0 < len(sent & {tag, *_interval(tag)}) < 3 and not sent.isdisjoint(_interval(tag))}
-    if not new and gaps <= board.gaps:
+    finite = {tag for tag, value in values.items() if isfinite(value)}
+    if values.keys() <= board.tags.keys() and finite <= board.finite:
         return
-    board.tags |= new
-    board.gaps |= gaps
-    layout = layout_of(board.tags, board.gaps)
+    board.tags |= dict.fromkeys(values)
+    board.finite |= finite
+    layout = layout_of(board.tags, board.finite)
     if layout != board.layout and not _has_another_layout(experiment):
         experiment.add_custom_scalars(layout)
         board.layout = layout
 
 
-def layout_of(tags: Mapping[str, None], gaps: set[str]) -> Layout:
+def layout_of(tags: Iterable[str], finite: Collection[str]) -> Layout:
     """Charts by group: the path of a tag up to its quantity. The tags of layers are those that continue another tag.
 
+    It depends on names alone, so that the layouts of several runs agree, which TensorBoard merges.
+
     Args:
-        tags: in the order of the groups.
-        gaps: tags to be drawn as lines, with the ends of their intervals.
+        tags: in the order of the charts.
+        finite: those with something to show.
     """
     layout: Layout = {}
-    ends = {end for tag in [*tags, *gaps] for end in _interval(tag)}
-    for tag in dict.fromkeys([*tags, *gaps]):
+    ends = {end for tag in tags for end in _interval(tag)}
+    for tag in tags:
         group, _, quantity = tag.rpartition("/")
-        if tag in ends or group in tags:
+        around = [end for end in _interval(tag) if end in finite]
+        if tag in ends or group in tags or not (around or tag in finite):
             continue
         charts = layout.setdefault(group, {})
-        around = [end for end in _interval(tag) if end in tags]
-        if around and tag not in gaps:
+        if around and quantity in BANDS:
             charts[quantity] = ["Margin", [tag, *around]]
         elif around:
-            charts[quantity] = ["Multiline", [f"{re.escape(one)}$" for one in (tag, *around)]]
+            charts[quantity] = ["Multiline", [f"{re.escape(tag)}(_lower|_upper)?$"]]
         else:  # thresholds of one quantity share a chart
             lines = charts.setdefault(re.sub(r"_[\d.]+$", "", quantity), ["Multiline", []])
             lines[1].append(f"{re.escape(tag)}(/.*)?$")
