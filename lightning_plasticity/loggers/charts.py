@@ -6,7 +6,7 @@ The other tabs group tags by what stands before the first slash, so that there a
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -60,7 +60,7 @@ def arrange_charts(experiment: Any, values: Mapping[str, float]) -> None:
         board.layout = layout
 
 
-def layout_of(tags: Iterable[str], finite: Collection[str]) -> Layout:
+def layout_of(tags: Collection[str], finite: Collection[str]) -> Layout:
     """Charts by group: the path of a tag up to its quantity. The tags of layers are those that continue another tag.
 
     It depends on names alone, so that the layouts of several runs agree, which TensorBoard merges.
