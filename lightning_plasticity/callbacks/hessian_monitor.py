@@ -64,8 +64,8 @@ class HessianSpectrumMonitor(BoundaryMonitor):
     - ``plasticity/m/negative_fraction``: share of negative eigenvalues (Hessian only).
     - ``plasticity/m/num_samples``: samples measured on.
     - ``plasticity/task``: index of the task; the x axis is the cumulative optimizer step.
-    - histograms ``plasticity/m/spectrum_log10`` (of ``log10 |lambda|``) and figures ``plasticity/m/spectra`` (all tasks
-      so far).
+    - histograms ``plasticity/m/spectrum_log10`` (of ``log10 |lambda|``, where it can be told from zero; of an estimate the
+      resolved part) and figures ``plasticity/m/spectra`` (all tasks so far).
 
     Args:
         quantities: which matrices.
@@ -222,7 +222,7 @@ class HessianSpectrumMonitor(BoundaryMonitor):
             prefix = f"plasticity/{quantity}"
             measurement.values |= {f"{prefix}/{key}": value for key, value in self._numbers(spectrum).items()}
             measurement.spectra[quantity] = spectrum
-            measurement.histograms[f"{prefix}/spectrum_log10"] = (spectrum.eigenvalues.abs(), spectrum.counts)
+            measurement.histograms[f"{prefix}/spectrum_log10"] = spectrum
             measurement.settings[quantity] = _about(spectrum)
             if note := spectrum.settings.get("note"):
                 self._warn_once(trainer, note, f"{type(self).__name__}: {note}")
@@ -298,7 +298,9 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         drawn = {}
         for quantity, spectrum in measurement.spectra.items():
             self._spectra[quantity][record.task] = spectrum
-            title = f"{quantity} spectrum at task {record.phase}, {spectrum.num_samples} samples"
+            name = quantity.capitalize() if quantity == "hessian" else quantity.upper()
+            samples = f"{spectrum.num_samples} samples"
+            title = f"{name} at task {record.phase}, up to task {record.task}, {samples}"
             drawn[f"plasticity/{quantity}/spectra"] = spectra_figure(self._spectra[quantity], title)
         return drawn
 
