@@ -64,8 +64,8 @@ class HessianSpectrumMonitor(BoundaryMonitor):
     - ``plasticity/m/negative_fraction``: share of negative eigenvalues (Hessian only).
     - ``plasticity/m/num_samples``: samples measured on.
     - ``plasticity/task``: index of the task; the x axis is the cumulative optimizer step.
-    - histograms ``plasticity/m/spectrum_log10`` (of ``log10 |lambda|``, where it can be told from zero; of an estimate the
-      resolved part) and figures ``plasticity/m/spectra`` (all tasks so far).
+    - histograms ``plasticity/m/spectrum_log10`` (of ``log10 |lambda|``, where it can be told from zero; of an estimate
+      the resolved part) and figures ``plasticity/m/spectra`` (all tasks so far).
 
     Args:
         quantities: which matrices.
