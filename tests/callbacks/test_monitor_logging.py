@@ -206,7 +206,7 @@ def test_figures_of_many_tasks_are_thinned() -> None:
     assert len(spectra) == 123
     (axes,) = spectra_figure(spectra, "many").axes
     assert len(axes.lines) == 50
-    assert axes.lines[-1].get_label() == "task 245"
+    assert axes.lines[-1].get_label() == "task 244"
     (axes,) = spectra_figure({task: spectra[task] for task in (0, 2, 4)}, "few").axes
     assert [line.get_label() for line in axes.lines] == ["task 0", "task 2", "task 4"]
 
