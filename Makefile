@@ -3,6 +3,7 @@
 #   make test                    set up, then lint, types and tests
 #   make test-oldest            the tests with the lower bounds of pyproject.toml
 #   make tests ARGS="-k lanczos" run some tests
+#   make docs                    the documentation site in build/docs
 # A stamp file in the virtual environment records an install; it is redone only when pyproject.toml changes.
 
 PYTHON ?= python3
@@ -23,10 +24,11 @@ INSTALLED_BENCH := $(VENV)/.installed-bench
 OLDEST := $(VENV)-oldest
 NEWEST := $(VENV)-newest
 PUBLIC := $(VENV)-public
+EMPTY := $(VENV)-wheel
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test install dev lint format types tests test-oldest test-newest test-public bench clean
+.PHONY: help demo test install dev lint format types tests test-oldest test-newest test-public test-wheel dist docs bench clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-16s %s\n", $$1, $$2 }'
@@ -74,18 +76,34 @@ test-public: ## train modules of other packages with and without the monitors
 	$(PUBLIC)/bin/python -m pip install --editable '.[public]'
 	$(PUBLIC)/bin/python -m pytest -m public tests/public_modules $(ARGS)
 
+dist: $(INSTALLED_DEV) ## build wheel and sdist in dist/, and check them
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+
+test-wheel: dist ## install the wheel into an empty environment, without and with extras, and run each command
+	rm -rf $(EMPTY)
+	$(PYTHON) -m venv $(EMPTY)
+	$(EMPTY)/bin/python -m pip install dist/*.whl
+	cp tests/smoke.py $(EMPTY) && cd $(EMPTY) && bin/python smoke.py
+	$(EMPTY)/bin/python -m pip install "$$(ls dist/*.whl)[report,completion]"
+	cd $(EMPTY) && bin/python smoke.py
+
+docs: $(INSTALLED_DEV) ## build the documentation site in build/docs; a warning fails
+	$(BIN)/python -m sphinx --conf-dir docs --doctree-dir build/doctrees --fail-on-warning --keep-going --nitpicky . build/docs
+
 bench: $(INSTALLED_BENCH) ## compare speed with other libraries (ARGS="--quick" for a smoke test)
 	$(BIN)/python -m benchmarks.peers $(ARGS)
 
 clean: ## remove the virtual environment and what the tools left
-	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(PUBLIC) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(OLDEST) $(NEWEST) $(PUBLIC) $(EMPTY) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(INSTALLED): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --editable .
+	$(BIN)/python -m pip install --editable '.[report]'
 	touch $@
 
 $(INSTALLED_DEV): pyproject.toml | $(BIN)/python

@@ -6,7 +6,10 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,8 @@ class TaskRecord:
         seconds: wall time of the measurement.
         failure: why nothing could be measured, else None.
         spectra: file names of the spectra, beside the record, by matrix.
+        versions: of the packages that made it, by name: ``lightning-plasticity``, ``lightning``, ``torch``. Empty in
+            records that were written before they were kept.
     """
 
     monitor: str
@@ -41,6 +46,7 @@ class TaskRecord:
     seconds: float = 0.0
     failure: str | None = None
     spectra: Mapping[str, str] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain Python, for JSON and checkpoints; NaN and infinities become strings."""
@@ -69,6 +75,16 @@ def _to_json(value: Any) -> Any:
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else str(float(value))
     return str(value)
+
+
+@cache
+def installed_versions() -> dict[str, str]:
+    """Of the installed packages that decide what is measured."""
+    found = {}
+    for name in ("lightning-plasticity", "lightning", "pytorch-lightning", "torch"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def append_record(directory: str | os.PathLike[str], record: TaskRecord) -> None:

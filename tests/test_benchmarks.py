@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_plasticity import Spectrum
+
 ROOT = Path(__file__).parents[1]
 # What other libraries warn about is not ours to mend, and the worker of the benchmarks ignores it too.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -276,3 +278,24 @@ def test_tables_of_studies(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     alert_default.main([str(tmp_path / "one"), str(tmp_path / "two"), "--resamples", "5"])
     text = capsys.readouterr().out
     assert "| ggn/eps_rank_0.01 | 0.550 to 0.550 | +1.00 [+1.00, +1.00] | +1.00 [+1.00, +1.00] | +0.00" in text
+
+
+# The eps-rank two ways
+
+
+def test_eps_ranks_of_known_spectra(tmp_path: Path) -> None:
+    # Nine of ten coordinates are flat; at a range of 200 the kernel is 0.045 wide.
+    values = torch.tensor([200.0, 1.0, 0.05, *[0.0] * 27], dtype=torch.float64)
+    directory = tmp_path / "tensorboard/plain/seed0/spectra"
+    directory.mkdir(parents=True)
+    for task in range(2):
+        Spectrum.from_eigenvalues(values, 30).save(directory / f"hessian_task000{task}_start.npz")
+    epsilon_rank = module("epsilon_rank")
+    spectra = epsilon_rank.spectra_of(tmp_path)
+    *_, row = epsilon_rank.table(spectra)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:3] == ["1", "200", "0.1000 (0.1000-0.1000)"]
+    assert cells[6] == "0.0667 (0.0667-0.0667)"
+    assert float(cells[3]) > 0.8  # the flat coordinates count as curvature
+    epsilon_rank.draw(spectra, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000

@@ -20,7 +20,7 @@ from lightning_plasticity.callbacks.processes import describe, several
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
 from lightning_plasticity.linalg import Estimate
 from lightning_plasticity.loggers import log_directory, log_scalars
-from lightning_plasticity.records import TaskRecord, append_record
+from lightning_plasticity.records import TaskRecord, append_record, installed_versions
 
 Against = Literal["best", "early", "fresh"]
 Bad = Literal["low", "high"]
@@ -274,8 +274,8 @@ class PlasticityAlert(FewHooks):
                     "fraction": self.fraction,
                     "bad": self.bad,
                 }
-                name = type(self).__name__
-                append_record(directory, TaskRecord(name, task, self.phase, self._tracker.step, numbers, settings))
+                about = (type(self).__name__, task, self.phase, self._tracker.step)
+                append_record(directory, TaskRecord(*about, numbers, settings, versions=installed_versions()))
 
 
 def _interventions(on_alert: Callback | Sequence[Callback] | None) -> list[Any]:

@@ -50,8 +50,8 @@ class FeatureRankMonitor(BoundaryMonitor):
     - ``plasticity/features/feature_rank/<layer>``: sigma(F / sqrt N) above 0.01 (Lyle 2022, 2204.09560).
     - ``plasticity/features/max_rank/<layer>``: the cap min(N, D).
     - ``plasticity/features/dead_units/<layer>``: share of units that are 0 on every sample.
-    - ``plasticity/features/dormant_units_<tau>/<layer>``: share of units with mean |h| at most tau times the layer's
-      (Sokar 2023, 2302.12902).
+    - ``plasticity/features/dormant_units_<tau>/<layer>``: share of units with mean ``|h|`` at most tau times the
+      layer's (Sokar 2023, 2302.12902).
     - ``plasticity/weights/norm/<layer>``: 2-norm of each weight; ``plasticity/weights/norm`` of all together.
     - ``plasticity/task``: index of the task; the x axis is the cumulative optimizer step.
     - histograms ``plasticity/features/singular_values_log10/<layer>``.

@@ -15,8 +15,9 @@ from lightning_plasticity.callbacks.arguments import choice, choices, decimal, f
 from lightning_plasticity.callbacks.kept_plans import KeptPlans
 from lightning_plasticity.callbacks.live import live_optimizers
 from lightning_plasticity.callbacks.measurement import Measurement
-from lightning_plasticity.callbacks.monitor import BoundaryMonitor, OnError, Phase, tell
+from lightning_plasticity.callbacks.monitor import BoundaryMonitor, OnError, Phase
 from lightning_plasticity.callbacks.processes import describe
+from lightning_plasticity.callbacks.progress import tell
 from lightning_plasticity.curvature import Measured, MeasurementError, Spectrum, measure_hessian
 from lightning_plasticity.curvature.budget import Budget, training_step_bytes
 from lightning_plasticity.curvature.gram.estimate import gram_spectrum
@@ -56,20 +57,20 @@ class HessianSpectrumMonitor(BoundaryMonitor):
     Logged, with m one of ``ggn``, ``hessian``, ``ntk`` (``plasticity/end/...`` for the end of a task; estimates also
     with ``_lower`` and ``_upper``; those of the start also reach ``trainer.callback_metrics``):
 
-    - ``plasticity/m/eps_rank_<eps>``: eigenvalues with |lambda| > eps, a count; eps in units of the loss.
-    - ``plasticity/m/relative_eps_rank_<eps>``: the same above eps times the largest |lambda|.
-    - ``plasticity/m/effective_rank``: of |lambda|, between 1 and the number of parameters.
+    - ``plasticity/m/eps_rank_<eps>``: eigenvalues with ``|lambda|`` > eps, a count; eps in units of the loss.
+    - ``plasticity/m/relative_eps_rank_<eps>``: the same above eps times the largest ``|lambda|``.
+    - ``plasticity/m/effective_rank``: of ``|lambda|``, between 1 and the number of parameters.
     - ``plasticity/m/trace``, ``lambda_max``, ``lambda_min``: in units of the loss.
     - ``plasticity/m/negative_fraction``: share of negative eigenvalues (Hessian only).
     - ``plasticity/m/num_samples``: samples measured on.
     - ``plasticity/task``: index of the task; the x axis is the cumulative optimizer step.
-    - histograms ``plasticity/m/spectrum_log10`` (of log10 |lambda|) and figures ``plasticity/m/spectra`` (all tasks so
-      far).
+    - histograms ``plasticity/m/spectrum_log10`` (of ``log10 |lambda|``, where it can be told from zero; of an estimate
+      the resolved part) and figures ``plasticity/m/spectra`` (all tasks so far).
 
     Args:
         quantities: which matrices.
         eps: absolute thresholds of the eps-rank.
-        relative_eps: thresholds relative to the largest |lambda|.
+        relative_eps: thresholds relative to the largest ``|lambda|``.
         probe_samples: samples to measure on; None for 512. The GGN is exact on the first of them that keep its Gram
             matrix within ``max_rows`` where those are 32 or more, else estimated on all.
         when: ``"start"``, ``"end"`` or both.
@@ -221,7 +222,7 @@ class HessianSpectrumMonitor(BoundaryMonitor):
             prefix = f"plasticity/{quantity}"
             measurement.values |= {f"{prefix}/{key}": value for key, value in self._numbers(spectrum).items()}
             measurement.spectra[quantity] = spectrum
-            measurement.histograms[f"{prefix}/spectrum_log10"] = (spectrum.eigenvalues.abs(), spectrum.counts)
+            measurement.histograms[f"{prefix}/spectrum_log10"] = spectrum
             measurement.settings[quantity] = _about(spectrum)
             if note := spectrum.settings.get("note"):
                 self._warn_once(trainer, note, f"{type(self).__name__}: {note}")
@@ -297,7 +298,9 @@ class HessianSpectrumMonitor(BoundaryMonitor):
         drawn = {}
         for quantity, spectrum in measurement.spectra.items():
             self._spectra[quantity][record.task] = spectrum
-            title = f"{quantity} spectrum at task {record.phase}, {spectrum.num_samples} samples"
+            name = quantity.capitalize() if quantity == "hessian" else quantity.upper()
+            samples = f"{spectrum.num_samples} samples"
+            title = f"{name} at task {record.phase}, up to task {record.task}, {samples}"
             drawn[f"plasticity/{quantity}/spectra"] = spectra_figure(self._spectra[quantity], title)
         return drawn
 

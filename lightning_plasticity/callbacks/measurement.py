@@ -12,7 +12,14 @@ from torch import Tensor
 
 from lightning_plasticity.curvature import Spectrum
 from lightning_plasticity.linalg import Estimate
-from lightning_plasticity.loggers import log_directory, log_histogram, log_image, log_scalars
+from lightning_plasticity.loggers import (
+    log_directory,
+    log_histogram,
+    log_image,
+    log_scalars,
+    shown_magnitudes,
+    takes_histograms,
+)
 from lightning_plasticity.records import TaskRecord
 
 
@@ -24,7 +31,7 @@ class Measurement:
         values: estimates by key.
         settings: what was measured on and how.
         spectra: to be saved beside the record, by matrix.
-        histograms: (values, counts) by key, shown on a log axis.
+        histograms: spectra, or magnitudes and their counts, by key; shown on a log axis.
         failures: what could not be measured (by its name in messages) and why, where other parts could.
         retry: whether smaller batches may help: some failure came out of the module's own code.
     """
@@ -32,7 +39,7 @@ class Measurement:
     values: dict[str, Estimate] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     spectra: dict[str, Spectrum] = field(default_factory=dict)
-    histograms: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    histograms: dict[str, Spectrum | tuple[Tensor, Tensor]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     retry: bool = False
 
@@ -67,16 +74,18 @@ def log_measurement(
 ) -> None:
     """Scalars, histograms and pictures; ``named`` puts a monitor's name into the keys of the last two."""
     scalars: dict[str, float] = {"plasticity/task": float(record.task)}
-    # An exact spectrum has intervals too, of rounding, at some tasks only: for the record, not for curves.
+    # An exact spectrum has intervals too, of rounding, at some tasks only: for the record, not for curves. Those of a
+    # quadrature are logged at all tasks, whatever their width.
     spectra = measurement.spectra.items()
-    estimated = tuple(named(f"plasticity/{matrix}/") for matrix, spectrum in spectra if not spectrum.exact)
+    estimated = tuple(named(f"plasticity/{matrix}/") for matrix, spectrum in spectra if spectrum.quadrature is not None)
     for key, estimate in record.values.items():
         tag = phased(key, record.phase)
         scalars[tag] = estimate.value
-        if not estimate.exact and key.startswith(estimated):
+        if key.startswith(estimated) and not key.endswith("/num_samples"):
             scalars |= {f"{tag}_lower": estimate.lower, f"{tag}_upper": estimate.upper}
     log_scalars(logger, scalars, record.step)
-    for key, (values, counts) in measurement.histograms.items():
+    for key, found in measurement.histograms.items() if takes_histograms(logger) else ():
+        values, counts = shown_magnitudes(found) if isinstance(found, Spectrum) else found
         log_histogram(logger, phased(named(key), record.phase), values, counts, record.step)
     for key, pixels in images.items():
         log_image(logger, key, pixels, record.step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 import warnings
@@ -14,7 +15,6 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch.nn.parameter import is_lazy
 
 from lightning_plasticity.callbacks.arguments import choices, label, whole_number
@@ -36,21 +36,22 @@ from lightning_plasticity.callbacks.processes import (
     several,
     shared_probe,
 )
+from lightning_plasticity.callbacks.progress import LONG, expectation, line_below, shown, tell
 from lightning_plasticity.callbacks.sharding import refuse_unknown_sharding, whole
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
 from lightning_plasticity.curvature import MeasurementError
 from lightning_plasticity.curvature.measured import dtype_name
+from lightning_plasticity.linalg.progress import part
 from lightning_plasticity.loggers import pixels_of, takes_images
 from lightning_plasticity.nn import undisturbed
 from lightning_plasticity.nn.batches import is_plain, map_tensors
 from lightning_plasticity.nn.precision import measured_dtype
-from lightning_plasticity.records import TaskRecord, append_record
+from lightning_plasticity.records import TaskRecord, append_record, installed_versions
 from lightning_plasticity.trainability.fresh import reinitialize
 
 Phase = Literal["start", "end"]
 PHASES = ("start", "end")
 OnError = Literal["warn", "raise"]
-LONG = 2.0  # seconds from which a measurement is announced
 
 
 class BoundaryMonitor(FewHooks):
@@ -216,13 +217,19 @@ class BoundaryMonitor(FewHooks):
     def _at_boundary(self, trainer: Trainer, pl_module: LightningModule, task: int, phase: Phase) -> None:
         assert self._tracker is not None
         name = type(self).__name__
-        with self._guarded(trainer, "say that it measures"):
-            self._announce_start(trainer, pl_module, task, phase)
+        line, expected = line_below(trainer), self._expected(pl_module, phase)
+        if line is None and expected >= LONG:
+            with self._guarded(trainer, "say that it measures"):
+                tell(trainer, f"{name}: measuring at the {phase} of task {task}, {expectation(expected)}")
         started = time.perf_counter()
         measurement, error = Measurement(), None
         interrupts = Interrupts(trainer)
         try:
-            with interrupts if self._alone(trainer) else nullcontext(), quiet(trainer):
+            with (
+                interrupts if self._alone(trainer) else nullcontext(),
+                quiet(trainer),
+                shown(line, f"task {task} {phase}", expected),
+            ):
                 measurement = self._measured(trainer, pl_module, phase)
         except KeyboardInterrupt:
             if not self._alone(trainer) or interrupts.end_run():
@@ -251,12 +258,14 @@ class BoundaryMonitor(FewHooks):
                 continue
             what = f"{name} could not measure {f'{parts} ' if parts else ''}at the {phase} of task {task}"
             self._warn_once(trainer, why, f"{what}: {why.rstrip('.')}. Training goes on.")
-        with self._guarded(trainer, "say that it has measured"):
-            _announce(trainer, seconds, f"{name}: measured at the {phase} of task {task} in")
+        if seconds >= LONG:
+            with self._guarded(trainer, "say that it has measured"):
+                tell(trainer, f"{name}: measured at the {phase} of task {task} in {seconds:.0f} s")
         settings = measurement.settings | {"identity": self.state_key}
         values = {self.named(key): estimate for key, estimate in measurement.values.items()}
         about = (name, task, phase, self._tracker.step)
-        self._keep(trainer, pl_module, TaskRecord(*about, values, settings, seconds, failure), measurement)
+        record = TaskRecord(*about, values, settings, seconds, failure, versions=installed_versions())
+        self._keep(trainer, pl_module, record, measurement)
 
     def _measured(self, trainer: Trainer, pl_module: LightningModule, phase: Phase) -> Measurement:
         _refuse_lazy(pl_module)
@@ -286,7 +295,7 @@ class BoundaryMonitor(FewHooks):
         """The same of a freshly initialised network, which is forgotten afterwards."""
         assert self._probe is not None
         try:
-            with undisturbed(module, mode="as_is", **live_optimizers(module)):
+            with undisturbed(module, mode="as_is", **live_optimizers(module)), part("fresh network"):
                 reinitialize(module)
                 control = self.measure(trainer, module, self._probe.batches, phase)
         except Exception as error:
@@ -356,13 +365,14 @@ class BoundaryMonitor(FewHooks):
             why, name = describe(error), type(self).__name__
             self._warn_once(trainer, f"{what} {why}", f"{name} could not {what}: {why.rstrip('.')}. Training goes on.")
 
-    def _announce_start(self, trainer: Trainer, pl_module: LightningModule, task: int, phase: Phase) -> None:
-        what = f"{type(self).__name__}: measuring at the {phase} of task {task},"
-        if self.records:
-            like = [record for record in self.records if record.phase == phase] or self.records
-            _announce(trainer, like[-1].seconds, f"{what} about")
-        elif self.may_be_long(pl_module):
-            tell(trainer, f"{what} this may take a while")
+    def _expected(self, pl_module: LightningModule, phase: Phase) -> float:
+        """Seconds that the next measurement will take; infinite for a first one that may be long."""
+        if whole := [record for record in self.records if record.failure != INTERRUPTED]:
+            like = [record for record in whole if record.phase == phase] or whole
+            return like[-1].seconds
+        with suppress(Exception):
+            return math.inf if self.may_be_long(pl_module) else 0.0
+        return 0.0
 
     def _alone(self, trainer: Trainer) -> bool:
         """Whether an interrupt may end a measurement only: other processes would wait for this one, or go on alone."""
@@ -399,23 +409,9 @@ def _moved(batch: Any, device: torch.device) -> Any:
         return map_tensors(batch, lambda tensor: tensor.to(device))
 
 
-def _announce(trainer: Trainer, seconds: float, what: str) -> None:
-    if seconds >= LONG:
-        tell(trainer, f"{what} {seconds:.0f} s")
-
-
-def tell(trainer: Trainer, what: str) -> None:
-    """Say it where the progress bar is, or log it."""
-    bar: Any = trainer.progress_bar_callback
-    if bar is not None and getattr(bar, "is_enabled", True):
-        bar.print(what)
-    else:
-        rank_zero_info(what)
-
-
 def _by_cause(failures: Mapping[str, str]) -> dict[str, str]:
     """The parts that failed, by cause, so that one cause is told once."""
     causes: dict[str, list[str]] = {}
-    for part, why in failures.items():
-        causes.setdefault(why, []).append(part)
+    for name, why in failures.items():
+        causes.setdefault(why, []).append(name)
     return {why: ", ".join(filter(None, parts)) for why, parts in causes.items()}

@@ -10,8 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_plasticity.callbacks.arguments import choice, function, whole_number
 from lightning_plasticity.callbacks.live import live_optimizers
 from lightning_plasticity.callbacks.measurement import Measurement
-from lightning_plasticity.callbacks.monitor import BoundaryMonitor, OnError, Phase, tell
+from lightning_plasticity.callbacks.monitor import BoundaryMonitor, OnError, Phase
 from lightning_plasticity.callbacks.processes import describe
+from lightning_plasticity.callbacks.progress import tell
 from lightning_plasticity.curvature import Measured, MeasurementError
 from lightning_plasticity.curvature.linearized.measure import measure_linearized
 from lightning_plasticity.curvature.loss.closure import LossFunction

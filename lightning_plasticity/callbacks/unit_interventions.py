@@ -115,7 +115,8 @@ class ReDo(UnitIntervention):
     time it logged.
 
     Args:
-        tau: units are dormant whose mean |h|, relative to that of their layer, is at most this; 0 takes only dead ones.
+        tau: units are dormant whose mean ``|h|``, relative to that of their layer, is at most this; 0 takes only
+            dead ones.
         every_n_steps: period in optimizer steps; the paper's 1000, 100 where a task has about a thousand steps. None
             acts only in ``intervene``.
         samples: over how many samples dormancy is judged, at least, on each process.

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,8 +98,9 @@ def run(arguments: argparse.Namespace) -> Found:
             loss = loss()  # a module such as torch.nn.MSELoss
         data_init = init_args(arguments.data_init, "--data-init")
         batches = make_batches(arguments.data, data_init, arguments.task, arguments.samples)
-        spectrum = _spectrum(arguments, module, loss, batches)
-        features = _features(module, loss, batches, arguments.mode) if arguments.features else {}
+        with _progress(arguments.json):
+            spectrum = _spectrum(arguments, module, loss, batches)
+            features = _features(module, loss, batches, arguments.mode) if arguments.features else {}
     found = _found(arguments, spectrum, features)
     _show(found)
     if out is not None:
@@ -103,6 +108,24 @@ def run(arguments: argparse.Namespace) -> Found:
         (out / "measure.json").write_text(to_json(found) + "\n", encoding="utf-8")
         print(f"\nWritten: {out / 'measure.json'}, {out / 'spectrum.npz'}")
     return OK, found
+
+
+@contextmanager
+def _progress(json: bool) -> Iterator[None]:
+    """How far it is, in one line of standard error that is taken away again: where somebody sees it."""
+    if json or not sys.stderr.isatty():
+        yield
+        return
+    from lightning_plasticity.linalg import watching
+
+    def show(text: object) -> None:
+        print(f"\r\x1b[K{str(text)[: shutil.get_terminal_size().columns - 1]}", end="", file=sys.stderr, flush=True)
+
+    try:
+        with watching(show):
+            yield
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def _spectrum(arguments: argparse.Namespace, module: Any, loss: Any, batches: list[Any]) -> Any:

@@ -16,6 +16,7 @@ from lightning_plasticity.curvature.hessian.measure import measure_hessian
 from lightning_plasticity.curvature.loss.closure import LossFunction
 from lightning_plasticity.curvature.measured import Measured
 from lightning_plasticity.curvature.spectrum import Spectrum
+from lightning_plasticity.linalg.progress import part
 from lightning_plasticity.nn import Mode
 from lightning_plasticity.nn.masks import active_entries, plain_names
 
@@ -73,10 +74,11 @@ def layer_spectra(
     layers = _layers(measured)
     if matrix == "hessian":
         names = {parameter: name for name, parameter in model.named_parameters()}
-        return {
-            layer: measure_hessian(replace(measured, params=[_literal(names[p]) for p in own]))
-            for layer, own in layers.items()
-        }
+        found = {}
+        for layer, own in layers.items():
+            with part(layer):
+                found[layer] = measure_hessian(replace(measured, params=[_literal(names[p]) for p in own]))
+        return found
     spectra = {}
     started = time.perf_counter()
     with collected_rows(measured, matrix, measured.parameters(), max_rows=max_rows) as rows:

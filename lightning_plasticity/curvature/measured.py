@@ -16,6 +16,7 @@ from lightning_plasticity.curvature.errors import MeasurementError
 from lightning_plasticity.curvature.loss.closure import DEFAULT_OBJECTIVE, Evaluation, LossClosure, LossFunction
 from lightning_plasticity.curvature.loss.output_loss import OutputLoss
 from lightning_plasticity.curvature.samples import first_samples
+from lightning_plasticity.linalg.progress import announce
 from lightning_plasticity.nn import Mode, undisturbed
 from lightning_plasticity.nn.batches import batch_size
 from lightning_plasticity.nn.masks import active_entries, plain_names
@@ -23,6 +24,7 @@ from lightning_plasticity.nn.masks import active_entries, plain_names
 Result = TypeVar("Result")
 # Rounding of one eigenvalue relative to the largest, by the dtype of the products.
 RESOLUTION = {torch.float64: 1e-13, torch.float32: 1e-6}
+LONG_ROWS = 2000  # from which a decomposition takes half a second and more
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,12 @@ def finite(matrix: Tensor) -> Tensor:
     if not bool(torch.isfinite(matrix).all()):
         raise MeasurementError("The curvature matrix holds NaN or inf; look for them in weights, data and loss.")
     return matrix
+
+
+def announce_eigenvalues(num_rows: int) -> None:
+    """Before a decomposition that may take long: nothing can be counted in it."""
+    if num_rows >= LONG_ROWS:
+        announce(f"eigenvalues of {num_rows} rows")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

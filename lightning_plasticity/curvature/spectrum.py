@@ -103,12 +103,12 @@ class Spectrum:
     # ---- summaries; formulas and sources: docs/concepts/spectrum.md -------------------------------------------------
 
     def epsilon_rank(self, eps: float, relative: bool = False) -> Estimate:
-        """Number of eigenvalues with |lambda| > eps (a count out of ``num_params``).
+        """Number of eigenvalues with ``|lambda|`` > eps (a count out of ``num_params``).
 
         Source: Prakash et al. 2026 (arXiv 2509.22335), but counted, never read off a smoothed density.
 
         Args:
-            eps: threshold, in units of the loss; with ``relative`` a multiple of the largest |lambda|.
+            eps: threshold, in units of the loss; with ``relative`` a multiple of the largest ``|lambda|``.
             relative: whether ``eps`` is relative.
 
         Returns:
@@ -132,11 +132,11 @@ class Spectrum:
         )
 
     def effective_rank(self) -> Estimate:
-        """The exponential of the entropy of |lambda| / sum |lambda| (Roy and Vetterli 2007), 1 to ``num_params``."""
+        """The exponential of the entropy of ``|lambda| / sum |lambda|`` (Roy, Vetterli 2007), 1 to ``num_params``."""
         return self._bounded(effective_rank_of)
 
     def srank(self, delta: float = 0.01) -> Estimate:
-        """Fewest eigenvalues that hold 1 - delta of sum |lambda| (Lewandowski et al. 2023, arXiv 2312.00246).
+        """Fewest eigenvalues that hold 1 - delta of ``sum |lambda|`` (Lewandowski et al. 2023, arXiv 2312.00246).
 
         Of an estimate the interval is wide: the last 1 % is in the eigenvalues near zero, which Lanczos resolves least.
         """
@@ -147,7 +147,7 @@ class Spectrum:
         return self._functional(lambda counts: stable_rank_of(self._magnitudes, counts))
 
     def participation_ratio(self) -> Estimate:
-        """(sum |lambda|)^2 / sum lambda^2."""
+        """``(sum |lambda|)^2 / sum lambda^2``."""
         return self._bounded(participation_ratio_of)
 
     def trace(self) -> Estimate:
@@ -167,7 +167,7 @@ class Spectrum:
         return self._extreme(0)
 
     def negative_fraction(self, eps: float | None = None) -> Estimate:
-        """Share of the coordinates with an eigenvalue below -eps; eps defaults to 1e-6 of the largest |lambda|."""
+        """Share of the coordinates with an eigenvalue below -eps; eps defaults to 1e-6 of the largest ``|lambda|``."""
         eps = 1e-6 * self.max_abs if eps is None else eps
         if self.quadrature is not None and not self.exact:
             below = self.quadrature.count_below(-eps)
@@ -176,12 +176,12 @@ class Spectrum:
 
     @property
     def max_abs(self) -> float:
-        """Largest |lambda|."""
+        """Largest ``|lambda|``."""
         return float(self._magnitudes.max()) if len(self.eigenvalues) else 0.0
 
     @property
     def counts(self) -> Tensor:
-        """(K,) float64: how many of the ``num_params`` eigenvalues each entry stands for."""
+        """(K,) float64, how many of the ``num_params`` eigenvalues each entry stands for."""
         return self.weights * self.num_params
 
     def density(self, grid: Tensor, variance: float = 1e-5) -> Tensor:

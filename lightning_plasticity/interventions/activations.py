@@ -81,7 +81,7 @@ class ActivationMeans:
         return hook
 
     def take(self) -> Totals:
-        """Sums since the last call, (4, D) for each reader: of h, of |h|, of values and of samples."""
+        """Sums since the last call, (4, D) for each reader: of h, of ``|h|``, of values and of samples."""
         sums, self._sums = self._sums, {}
         return sums
 

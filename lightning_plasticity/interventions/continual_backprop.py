@@ -43,11 +43,11 @@ class ContinualBackpropEngine:
 
     Source: Dohare et al. 2024 (doi 10.1038/s41586-024-07711-7, algorithm 1). For every unit: age a, mean activation m
     and utility u, running means with the given decay, each divided by 1 - decay^a when used. The instantaneous utility
-    is mean |h| * mean |w_out| (``"contribution"``), mean |h - m| * mean |w_out| (``"zero_contribution"``), or the
-    latter divided by mean |w_in| (``"adaptable"``). Of the units older than ``maturity`` those of lowest utility are
-    re-drawn, ``replacement_rate`` times their number at every step; fractions add up.
+    is ``mean |h| * mean |w_out|`` (``"contribution"``), ``mean |h - m| * mean |w_out|`` (``"zero_contribution"``), or
+    the latter divided by ``mean |w_in|`` (``"adaptable"``). Of the units older than ``maturity`` those of lowest
+    utility are re-drawn, ``replacement_rate`` times their number at every step; fractions add up.
 
-    With several readers, each with its |h| and its w_out, the mean is over all outgoing weights.
+    With several readers, each with its ``|h|`` and its w_out, the mean is over all outgoing weights.
 
     Args:
         module: the network.
@@ -179,7 +179,7 @@ class ContinualBackpropEngine:
     def _distance(
         self, kept: list[Tensor], mean: Tensor, hidden: HiddenUnits, index: int, reduce: Reduce | None
     ) -> Tensor:
-        """Sum of |h - m| over the values of each unit, (D,)."""
+        """Sum of ``|h - m|`` over the values of each unit, (D,)."""
         link = hidden.readers[index]
         units = link.units.to(mean.device)
         total = torch.zeros(len(units), dtype=torch.float64, device=mean.device)

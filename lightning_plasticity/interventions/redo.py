@@ -20,9 +20,9 @@ from lightning_plasticity.nn import Wiring
 class ReDoEngine:
     """ReDo for a training loop of one's own; call ``step`` after each optimizer step.
 
-    Source: Sokar et al. 2023 (arXiv 2302.12902, algorithm 1). A unit is tau-dormant when its mean |h|, relative to the
-    mean over its layer, is at most tau. It gets new incoming weights, bias 0 and outgoing weights 0. Means are taken
-    over the last minibatches as training saw them, at least ``samples`` samples where there are so many.
+    Source: Sokar et al. 2023 (arXiv 2302.12902, algorithm 1). A unit is tau-dormant when its mean ``|h|``, relative to
+    the mean over its layer, is at most tau. It gets new incoming weights, bias 0 and outgoing weights 0. Means are
+    taken over the last minibatches as training saw them, at least ``samples`` samples where there are so many.
 
     Args:
         module: the network.

@@ -7,6 +7,7 @@ from lightning_plasticity.linalg.functionals import effective_rank_of, participa
 from lightning_plasticity.linalg.inertia import count_above
 from lightning_plasticity.linalg.lanczos import LanczosResult, Matvec, lanczos
 from lightning_plasticity.linalg.power_iteration import largest_singular_value
+from lightning_plasticity.linalg.progress import Progress, watching
 from lightning_plasticity.linalg.quadrature import LanczosQuadrature, stochastic_lanczos_quadrature
 from lightning_plasticity.linalg.rank_bounds import effective_rank_bounds, extreme_spectra, functional_bounds
 from lightning_plasticity.linalg.ranks import (
@@ -25,6 +26,7 @@ __all__ = [
     "LanczosQuadrature",
     "LanczosResult",
     "Matvec",
+    "Progress",
     "approximate_rank",
     "as_feature_matrix",
     "count_above",
@@ -48,4 +50,5 @@ __all__ = [
     "stable_rank",
     "stable_rank_of",
     "stochastic_lanczos_quadrature",
+    "watching",
 ]

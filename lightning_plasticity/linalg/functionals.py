@@ -1,4 +1,4 @@
-"""Functionals of a nonnegative spectrum: singular values of features, or |eigenvalues| with multiplicities.
+"""Functionals of a nonnegative spectrum: singular values of features, or ``|eigenvalues|`` with multiplicities.
 
 Multiplicities may be fractional, so quadratures are served as well. Conventions: float64; all zero gives 0; anything
 not finite gives NaN, never an exception, because a diverged network must not end a training run.

@@ -15,7 +15,7 @@ def count_above(matrix: Tensor, thresholds: Sequence[float]) -> list[int]:
     """The number of eigenvalues above each threshold.
 
     One factorisation a threshold, a third of the time of ``torch.linalg.eigvalsh`` for all eigenvalues: worth it for
-    one or two thresholds. A threshold within rounding (n eps |A|) of an eigenvalue may count it or not.
+    one or two thresholds. A threshold within rounding (``n eps |A|``) of an eigenvalue may count it or not.
 
     Source: Sylvester 1852; Bunch and Kaufman 1977 (doi 10.1090/S0025-5718-1977-0428694-0) for the pivots. Each of their
     2 x 2 blocks has a negative determinant, so one eigenvalue of either sign: the diagonal alone miscounts.

@@ -15,6 +15,7 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor
 
 from lightning_plasticity.linalg.krylov_basis import KrylovBasis
+from lightning_plasticity.linalg.progress import Count
 
 Matvec = Callable[[Tensor], Tensor]
 
@@ -35,8 +36,8 @@ class LanczosResult:
             for its start vector.
         basis: (K, P) the orthonormal vectors, in the operator's dtype, or None when they were not asked for.
         num_products: operator applications used, one for each step.
-        asymmetry: the largest |<v_j, H v_k>|, j < k - 1, relative to the largest coefficient so far: rounding where the
-            operator is symmetric.
+        asymmetry: the largest ``|<v_j, H v_k>|``, j < k - 1, relative to the largest coefficient so far: rounding where
+            the operator is symmetric.
     """
 
     alpha: NDArray[np.float64]
@@ -105,6 +106,7 @@ def lanczos(
     alpha, beta = np.zeros(num_steps), np.zeros(num_steps)
     scale, asymmetry, tolerance = 0.0, 0.0, BREAKDOWN.get(start.dtype, BREAKDOWN[torch.float32])
     previous, vector, exhausted, done = None, start / norm, False, 0
+    count = Count("Lanczos steps", num_steps)
     while done < num_steps and not exhausted and not (done and stop is not None and stop(done)):
         product = matvec(vector) if done or first_product is None else first_product / norm
         alpha[done] = float(torch.dot(vector, product))
@@ -129,6 +131,7 @@ def lanczos(
         asymmetry = max(asymmetry, distant / scale if scale else 0.0)
         exhausted = bool(beta[done] <= tolerance * scale)
         done += 1
+        count.add()
         if not exhausted and done < num_steps:
             previous, vector = vector, rest.div_(float(beta[done - 1]))
     return LanczosResult(

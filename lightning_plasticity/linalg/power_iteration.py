@@ -18,7 +18,7 @@ def largest_singular_value(matrix: Tensor, start: Tensor, num_iterations: int = 
         eps: added to the norm of A A^T u before dividing by it; lowers the result by eps / sigma_1^2 of itself.
 
     Returns:
-        () |A^T u| with the last unit vector u.
+        ``|A^T u|``, a scalar tensor, with the last unit vector u.
 
     Raises:
         ValueError: when there is no iteration.

@@ -78,7 +78,7 @@ class LanczosQuadrature:
 
     @property
     def residuals(self) -> Array:
-        """(K,) residual norms: each node is this close to an eigenvalue."""
+        """(K,) residual norms; each node is this close to an eigenvalue."""
         return self._decomposition[2]
 
     @cached_property
@@ -180,7 +180,7 @@ class LanczosQuadrature:
         return Estimate(value, lower, upper)
 
     def _interpolated_count(self, eps: float) -> float:
-        """Converged pairs outside plus the midpoint rule in log|node| on the rest; the null-space node is an atom."""
+        """Converged pairs outside plus the midpoint rule in ``log|node|`` on the rest; the null-space node an atom."""
         nodes, counts, converged = np.abs(self.nodes), self.counts, self.converged
         if self.breakdown:  # the nodes are the eigenvalues: nothing lies between them
             return float(counts[nodes > eps].sum())
@@ -201,7 +201,7 @@ class LanczosQuadrature:
         return outside + float(np.interp(np.log(eps), log_rest, middle[::-1], left=total, right=0.0))
 
     def _mass_outside(self, eps: float) -> tuple[float, float]:
-        """Bounds on the probe mass with |eigenvalue| > eps, from the moments alone (no statistics)."""
+        """Bounds on the probe mass with ``|eigenvalue|`` > eps, from the moments alone (no statistics)."""
         if self.breakdown:
             outside = float(self.masses[np.abs(self.nodes) > eps].sum())
             return outside, outside

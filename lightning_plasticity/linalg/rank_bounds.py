@@ -17,7 +17,7 @@ LEVELS = 33  # plateaus of the spectra with a light tail
 
 
 def extreme_spectra(quadrature: LanczosQuadrature) -> tuple[Tensor, Tensor]:
-    """The spectra of |lambda| at the edge of what 95 % intervals of counts allow: (K,) values, (S, K) counts.
+    """The spectra of ``|lambda|`` at the edge of what 95 % intervals of counts allow: (K,) values, (S, K) counts.
 
     Converged pairs are exact. Of the rest, each spectrum has as few eigenvalues as allowed above some threshold and as
     many as allowed below it (a heavy tail), or as many as allowed up to some number, and then no more than needed (a
@@ -59,7 +59,7 @@ def extreme_spectra(quadrature: LanczosQuadrature) -> tuple[Tensor, Tensor]:
 def functional_bounds(
     quadrature: LanczosQuadrature, functional: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[float, float]:
-    """Lower and upper bound of ``functional(values, counts)`` of |lambda|, over ``extreme_spectra``.
+    """Lower and upper bound of ``functional(values, counts)`` of ``|lambda|``, over ``extreme_spectra``.
 
     That is conservative: on four networks (docs/studies/intervals.md) the bounds of the effective rank and of srank
     held in every repetition.

@@ -42,5 +42,5 @@ class _Recomputed:
 
 
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Salimans and Kingma 2016 (arXiv 1602.07868), equation 2: g v / |v|."""
+    """Salimans and Kingma 2016 (arXiv 1602.07868), equation 2: ``g v / |v|``."""
     return v * (g / torch.norm_except_dim(v, 2, dim))

@@ -7,7 +7,7 @@ then knows which column belongs to which unit. What cannot be followed is named 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,7 @@ class _Tracer(TorchFunctionMode):
         self.reads: dict[str, Tensor] = {}  # labels by input column of a weight
         self.normed: dict[str, Tensor] = {}  # labels by entry of a norm
         self.unsupported: dict[str, str] = {}
+        self.direct: list[str] = []  # layers that the loss is computed from, past all weights
 
     # ---- one function call -----------------------------------------------------------------------------------------
 
@@ -244,6 +245,13 @@ class _Tracer(TorchFunctionMode):
         for layer, why in reasons.items():
             self.unsupported.setdefault(layer, why)
 
+    def ended(self, returned: object) -> None:
+        """See what the loss is computed from; a pass that returns no loss tells nothing of it."""
+        returned = returned["loss"] if isinstance(returned, Mapping) and "loss" in returned else returned
+        for tensor in nested_tensors(returned):
+            if tensor.ndim == 0:
+                self.direct += self._behind(tensor)
+
     def _behind(self, tensor: Tensor) -> list[str]:
         """Layers whose activations went into a tensor, by its autograd graph."""
         found: dict[str, None] = {}
@@ -267,6 +275,8 @@ class _Tracer(TorchFunctionMode):
         order = tuple(self.bases)
         outputs = tuple(name for name in order if name not in readers and name not in self.unsupported)
         self._refuse(dict.fromkeys(sorted(self.tied), "it shares its parameters with another module"))
+        past = "its activations also go into the loss past the weights that read them"
+        self._refuse({name: past for name in self.direct if name in readers})
         for name, links in readers.items():
             self._refuse(self._faults(name, links, frozen))
         layers = {
@@ -314,11 +324,12 @@ def find_wiring(module: nn.Module, run: Callable[[], object]) -> Wiring:
     Followed: Linear and convolutions, activations, norms, dropout, pooling, flattening, concatenation and other moves
     of values. Left alone, with the reason: units that are added to or multiplied with others (the stream of a residual
     network; the layers inside its branches are followed), that attention or a recurrent layer reads, tied, frozen,
-    parametrised (masks excepted) and grouped weights. Call it under ``undisturbed``.
+    parametrised (masks excepted) and grouped weights, and units that the loss looks at directly. Call it under
+    ``undisturbed``.
 
     Args:
         module: the network.
-        run: runs one forward pass of it.
+        run: runs one forward pass of it, and returns its loss where it has one: a scalar, or a dict with ``"loss"``.
 
     Example:
         >>> import torch
@@ -334,7 +345,8 @@ def find_wiring(module: nn.Module, run: Callable[[], object]) -> Wiring:
     tracer = _Tracer(module)
     try:
         with tracer:
-            run()
+            returned = run()
+        tracer.ended(returned)
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)

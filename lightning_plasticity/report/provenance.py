@@ -24,6 +24,8 @@ def settings_rows(runs: Sequence[Run]) -> list[tuple[str, str, str, str]]:
         for record in run.records:
             for key, value in _flat(record.settings):
                 found.setdefault((record.monitor, key), {}).setdefault(value, set()).add(run.group)
+            for package, number in record.versions.items():
+                found.setdefault(("versions", package), {}).setdefault(number, set()).add(run.group)
         for key, value in run.settings.items():
             text = value if isinstance(value, str) else json.dumps(value)
             found.setdefault(("study", key), {}).setdefault(text, set()).add(run.group)

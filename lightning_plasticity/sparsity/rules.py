@@ -30,10 +30,10 @@ def exchanged(
 ) -> tuple[Tensor, Tensor]:
     """Entries to drop and entries to grow: as many of the one as of the other, and none of both.
 
-    With a gradient RigL (Evci et al. 2020, arXiv 1911.11134, algorithm 1): drop the smallest |w|, grow the largest |g|.
-    Without one SET (Mocanu et al. 2018, arXiv 1707.04780, algorithm 2): drop the smallest positive and the largest
-    negative weights, the share of each sign, zero taken as positive; grow at random. Of equal entries the first are
-    taken. Only entries that were masked before can grow, so where those are few, fewer are dropped.
+    With a gradient RigL (Evci et al. 2020, arXiv 1911.11134, algorithm 1): drop the smallest ``|w|``, grow the
+    largest ``|g|``. Without one SET (Mocanu et al. 2018, arXiv 1707.04780, algorithm 2): drop the smallest positive and
+    the largest negative weights, the share of each sign, zero taken as positive; grow at random. Of equal entries the
+    first are taken. Only entries that were masked before can grow, so where those are few, fewer are dropped.
 
     Nothing is exchanged where an active weight or the gradient is not finite, or the gradient of all masked entries is
     zero: then nothing tells which.

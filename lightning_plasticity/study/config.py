@@ -101,7 +101,7 @@ class Study:
 
     @property
     def metric(self) -> str:
-        """Name of the online metric in columns: ``online_<metric>`` and ``end_<metric>``."""
+        """Name of the online metric in the columns ``online_<metric>`` and ``end_<metric>``."""
         return column_name(next(iter(self.methods.values()))["online_metric"])
 
 

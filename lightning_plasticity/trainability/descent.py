@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_plasticity.curvature import LossClosure, MeasurementError
 from lightning_plasticity.curvature.samples import chosen_samples, num_samples
+from lightning_plasticity.linalg.progress import Count
 from lightning_plasticity.nn.batches import batch_size, join_batches
 from lightning_plasticity.nn.undisturbed import seed_rng
 from lightning_plasticity.trainability.optimizers import parameters_of
@@ -46,7 +47,8 @@ def descend(
     optimizers: list[Optimizer],
     how: Descent,
     seed: int,
-    deadline: float = math.inf,
+    deadline: float,
+    count: Count,
 ) -> Curve:
     """Train inside ``undisturbed``; the module is left as trained.
 
@@ -57,6 +59,7 @@ def descend(
         how: steps and minibatches.
         seed: of the order of the data and the random state.
         deadline: ``time.perf_counter()`` at which to stop early, after one step at least.
+        count: of the steps of this run and of those beside it.
 
     Raises:
         MeasurementError: when the loss is not finite before the first step; or for several optimizers with several
@@ -86,6 +89,7 @@ def descend(
         index, batch = next(minibatches) if whole is None else whole
         loss = _step(closure, batch, index, parameters, optimizers, how.clip)
         step_losses.append(loss)
+        count.add()
         if whole is not None and not note(step, loss):
             break
         if not math.isfinite(loss):

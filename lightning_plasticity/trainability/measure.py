@@ -18,6 +18,7 @@ from lightning_plasticity.curvature import LossClosure, Measured, MeasurementErr
 from lightning_plasticity.curvature.data import as_batches
 from lightning_plasticity.curvature.loss.closure import LossFunction
 from lightning_plasticity.curvature.samples import num_samples
+from lightning_plasticity.linalg.progress import Count, part
 from lightning_plasticity.nn import Mode
 from lightning_plasticity.nn.undisturbed import seed_rng
 from lightning_plasticity.trainability.descent import Descent, descend
@@ -142,21 +143,24 @@ def measure_trainability(
     if lazy:
         raise MeasurementError(f"{', '.join(lazy)} are not initialised yet; run a batch through the module first.")
     started = time.perf_counter()
-    share = math.inf if max_seconds is None else max_seconds / (seeds if fresh is False else 2 * seeds)
+    runs = seeds if fresh is False else 2 * seeds
+    share = math.inf if max_seconds is None else max_seconds / runs
     first, taken = how.num_steps, how
+    init = fresh if callable(fresh) else None
     curves: list[Curve] = []
-    for number in range(seeds):
-        deadline = math.inf if curves else started + share
-        curves.append(_run(measured, optimizer, taken, measured.seed + number, carry_state, deadline))
-        if number == 0 and max_seconds is not None and len(curves[0].step_losses) < first:
-            taken = replace(how, num_steps=max(1, curves[0].steps[-1]))
     fresh_curves: list[Curve] = []
     failure = None
-    if fresh is not False:
-        init = fresh if callable(fresh) else None
+    with part("trainability", started + share * runs):
+        count = Count("training steps", runs * first)
+        for number in range(seeds):
+            deadline = math.inf if curves else started + share
+            curves.append(_run(measured, optimizer, taken, measured.seed + number, carry_state, count, deadline))
+            if number == 0 and max_seconds is not None and len(curves[0].step_losses) < first:
+                taken = replace(how, num_steps=max(1, curves[0].steps[-1]))
+                count.total = runs * taken.num_steps
         try:
-            for number in range(seeds):
-                fresh_curves.append(_run(measured, optimizer, taken, measured.seed + number, False, fresh=(init,)))
+            for seed in range(measured.seed, measured.seed + seeds) if fresh is not False else ():
+                fresh_curves.append(_run(measured, optimizer, taken, seed, False, count, fresh=(init,)))
         except MeasurementError as error:
             fresh_curves, failure = [], str(error)
     settings: dict[str, Any] = {"mode": measured.mode, "seeds": seeds, "optimizer": _name(optimizer)}
@@ -212,6 +216,7 @@ def _run(
     how: Descent,
     seed: int,
     carry_state: bool,
+    count: Count,
     deadline: float = math.inf,
     fresh: tuple[FreshInit | None] | None = None,
 ) -> Curve:
@@ -220,7 +225,8 @@ def _run(
         if fresh is not None:
             seed_rng(seed)
             reinitialize(measured.module, fresh[0])
-        return descend(closure, measured.batches, _optimizers(measured, optimizer, carry_state), how, seed, deadline)
+        optimizers = _optimizers(measured, optimizer, carry_state)
+        return descend(closure, measured.batches, optimizers, how, seed, deadline, count)
 
 
 @contextmanager

@@ -37,7 +37,7 @@ class Curve:
 
     @property
     def area(self) -> float:
-        """Mean loss over the steps: the area under the curve (trapezoids), divided by the number of steps."""
+        """Mean loss over the steps, the area under the curve (trapezoids), divided by the number of steps."""
         pairs = list(zip(self.steps, self.losses, strict=True))
         if len(pairs) == 1:
             return self.losses[0]

@@ -53,7 +53,7 @@ def magnitudes(directory: Path, task: int) -> tuple[np.ndarray[Any, Any], np.nda
     """log10 |eigenvalue| of those that a histogram shows and how often each occurs, from the saved spectrum."""
     spectrum = Spectrum.load(directory / f"spectra/ggn_task{task:04d}_start.npz")
     sizes, counts = spectrum.eigenvalues.abs().double().numpy(), spectrum.counts.numpy()
-    shown = sizes > sizes.max() * 1e-8
+    shown = sizes > max(spectrum.resolution, sizes.max() * 1e-8)
     return np.log10(sizes[shown]), counts[shown]
 
 
@@ -212,7 +212,10 @@ def test_wandb_offline(wandb: Any, tmp_path: Path) -> None:
     while not any(record.HasField("exit") for record in wandb_records(file)):  # its writer may lag behind finish()
         assert time.monotonic() < deadline, "wandb has not written the end of its file"
         time.sleep(0.1)
-    rows = [wandb_row(record.history) for record in wandb_records(file) if record.HasField("history")]
+    records = list(wandb_records(file))
+    axes = {record.metric.glob_name: record.metric.step_metric for record in records if record.HasField("metric")}
+    assert axes["*"] == "trainer/global_step"  # the x axis of all panels: what ``shown`` gives below
+    rows = [wandb_row(record.history) for record in records if record.HasField("history")]
 
     def shown(key: str) -> list[tuple[int, Any]]:
         return [(row["trainer/global_step"], row[key]) for row in rows if key in row]

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from runs import Classifier, Validated, loader, loading, mlp, monitors, trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_plasticity import FeatureRankMonitor, HessianSpectrumMonitor, Spectrum
+from lightning_plasticity import FeatureRankMonitor, HessianSpectrumMonitor, Spectrum, TaskRecord, read_records
 from lightning_plasticity.callbacks import hessian_monitor
 from lightning_plasticity.callbacks import monitor as monitor_file
 from lightning_plasticity.curvature import measure_hessian
@@ -206,9 +206,9 @@ def test_figures_of_many_tasks_are_thinned() -> None:
     assert len(spectra) == 123
     (axes,) = spectra_figure(spectra, "many").axes
     assert len(axes.lines) == 50
-    assert axes.lines[-1].get_label() == "task 245"
+    assert axes.lines[-1].get_label() == "task 244"
     (axes,) = spectra_figure({task: spectra[task] for task in (0, 2, 4)}, "few").axes
-    assert [line.get_label() for line in axes.lines] == ["task 1", "task 3", "task 5"]
+    assert [line.get_label() for line in axes.lines] == ["task 0", "task 2", "task 4"]
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # instantiate_classes has a new name in new versions
@@ -247,3 +247,16 @@ def test_lightning_cli(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(names) < set(found)
     assert found["FeatureRankMonitor"].layers == ["layer.input"]
     assert len(found["FeatureRankMonitor"].records) == 2
+
+
+def test_records_say_which_versions_made_them(tmp_path: Path) -> None:
+    monitor = FeatureRankMonitor(when="start", save_dir=str(tmp_path))
+    fit([monitor], tasks=1)
+    (record,) = read_records(tmp_path)
+    assert record.versions["torch"] == torch.__version__.partition("+")[0]
+    assert record.versions["lightning"] == L.__version__
+    assert record == monitor.records[0]
+    # Records of before that know none.
+    plain = record.to_dict()
+    del plain["versions"]
+    assert TaskRecord.from_dict(plain).versions == {}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,12 @@ import numpy as np
 import pytest
 import torch
 from runs import Classifier, data, mlp, trainer
+from terminal import Terminal
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_plasticity import Spectrum, curvature
+from lightning_plasticity import Spectrum, curvature, linalg
 from lightning_plasticity.cli import main
 from lightning_plasticity.demo.network import Plain
 from lightning_plasticity.streams import RandomLabelDigits
@@ -67,8 +71,6 @@ class Small(nn.Sequential):
 @pytest.fixture(autouse=True)
 def found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """pytest imports this file under a name that is no import path."""
-    import sys
-
     monkeypatch.setitem(sys.modules, "measured_here", sys.modules[HERE])
 
 
@@ -216,3 +218,19 @@ def test_classifiers_of_the_other_tests_have_no_hyperparameters(
     words = ["--module", "runs.Classifier", "--checkpoint", str(tmp_path / "x.ckpt"), "--data", "measured_here.Data"]
     assert main(["measure", *words]) == 2
     assert "give them with --init" in capsys.readouterr().err
+
+
+def test_a_terminal_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["measure", "--module", "measured_here.Net", "--init", "width=5", "--data", "measured_here.Data"]
+    monkeypatch.setattr(linalg, "watching", partial(linalg.watching, after=0, every=0))
+    monkeypatch.setattr("lightning_plasticity.linalg.progress.COST", float("inf"))
+    for stderr, more, shown in ((Terminal(), [], True), (Terminal(), ["--json"], False), (io.StringIO(), [], False)):
+        monkeypatch.setattr(sys, "stderr", stderr)
+        assert main([*words, *more]) == 0
+        text = stderr.getvalue()
+        assert ("backward passes" in text) == shown
+        assert ("\r" in text) == shown
+        assert "backward passes" not in capsys.readouterr().out
+        if shown:
+            assert "ggn 8/8 backward passes" in stderr.seen  # type: ignore[attr-defined]
+            assert not [row for row in stderr.rows if "ggn" in row]  # type: ignore[attr-defined]

@@ -382,3 +382,35 @@ def test_only_some_layers() -> None:
     assert list(wiring.only(["*"]).layers) == ["a", "b", "c"]
     with pytest.raises(ValueError, match="'head' is no layer whose units can be reset"):
         wiring.only(["head"])
+
+
+# A loss that looks at hidden units itself
+
+LOSSES = {
+    "the head": (lambda h, out: out.square().mean(), {"0", "2"}),
+    "a layer too": (lambda h, out: out.square().mean() + 0.1 * torch.relu(h).mean(), {"0"}),
+    "a dict": (lambda h, out: {"loss": out.square().mean(), "size": h.square().mean()}, {"0", "2"}),
+    "a dict, a layer too": (lambda h, out: {"loss": out.square().mean() + h.var(), "out": out}, {"0"}),
+    "detached": (lambda h, out: out.square().mean() + h.detach().mean(), {"0", "2"}),
+    "no loss": (lambda h, out: (h, out), {"0", "2"}),
+}
+
+
+@pytest.mark.parametrize("case", LOSSES)
+def test_units_that_the_loss_looks_at_are_left_alone(case: str) -> None:
+    loss, expected = LOSSES[case]
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+
+    def step() -> Any:
+        hidden = net[:4](vectors().float())
+        return loss(hidden, net[4](hidden))
+
+    with undisturbed(net):
+        wiring = find_wiring(net, step)
+    assert set(wiring.layers) == expected
+    assert wiring.outputs == ("4",)
+    if "2" not in expected:
+        assert "go into the loss past the weights" in wiring.unsupported["2"]
+        # It can still be told.
+        assert set(told_wiring(net, {"2": ["4"]}).layers) == {"2"}

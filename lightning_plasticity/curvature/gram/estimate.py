@@ -38,6 +38,7 @@ from lightning_plasticity.curvature.measured import (
 )
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.linalg import LanczosQuadrature, stochastic_lanczos_quadrature
+from lightning_plasticity.linalg.progress import part
 
 GramMethod = Literal["auto", "exact", "lanczos"]
 METHODS = ("auto", "exact", "lanczos")
@@ -63,17 +64,18 @@ def gram_spectrum(
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows={max_rows}, expected at least 1 row, or None for no bound.")
     budget = Budget() if budget is None else budget
-    if plan is None:
-        insist = None if method == "auto" else method == "exact"
-        plan = plan_gram(measured, matrix, measured.parameters(), max_rows, num_steps, budget, insist)
-    if plan.cut:
-        measured = measured.first(plan.num_samples)
-    if plan.exact:
-        # With no sample that fits ``max_rows`` is refused; without rows the loss has no curvature.
-        rows = (plan.num_rows or None) if plan.num_samples else max_rows
-        spectrum = measure_gram(measured, matrix, max_rows=rows, row_bytes=plan.row_bytes)
-    else:
-        spectrum = estimate_gram(measured, matrix, plan, budget)
+    with part(matrix):
+        if plan is None:
+            insist = None if method == "auto" else method == "exact"
+            plan = plan_gram(measured, matrix, measured.parameters(), max_rows, num_steps, budget, insist)
+        if plan.cut:
+            measured = measured.first(plan.num_samples)
+        if plan.exact:
+            # With no sample that fits ``max_rows`` is refused; without rows the loss has no curvature.
+            rows = (plan.num_rows or None) if plan.num_samples else max_rows
+            spectrum = measure_gram(measured, matrix, max_rows=rows, row_bytes=plan.row_bytes)
+        else:
+            spectrum = estimate_gram(measured, matrix, plan, budget)
     settings = {"budget": plan.why} if plan.why else {}
     if method == "auto":
         settings["reason"] = plan.reason
@@ -97,7 +99,8 @@ def estimate_gram(measured: Measured, matrix: Matrix, plan: GramPlan, budget: Bu
     if plan.num_rows <= min(plan.dense_rows, num_params) and plan.rows_each <= DENSE_COLUMNS:
         found = _on_the_gram_matrix(measured, matrix, parameters, plan.num_steps, stop)
     if found is None:
-        found = _matrix_free(measured, matrix, parameters, active, plan.num_steps, stop)
+        with part(deadline=deadline):
+            found = _matrix_free(measured, matrix, parameters, active, plan.num_steps, stop)
     settings: dict[str, Any] = {
         "dtype": dtype_name(found.dtype),
         "mode": measured.mode,

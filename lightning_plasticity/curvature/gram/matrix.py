@@ -29,6 +29,7 @@ from lightning_plasticity.curvature.gram.factors import (
 from lightning_plasticity.curvature.gram.rows import add_rows
 from lightning_plasticity.curvature.gram.shares import add_share, mirror
 from lightning_plasticity.curvature.layers import LayerCall, LayerTaps
+from lightning_plasticity.linalg.progress import Count, counted
 from lightning_plasticity.nn.masks import parameter_of
 
 VMAP_ROWS = 32  # gradient rows that one vectorised backward pass computes
@@ -90,7 +91,8 @@ def collect_rows(
     columns: Tensor,
     taps: LayerTaps,
     parameters: Sequence[nn.Parameter],
-    excluded: Collection[nn.Parameter] = (),
+    excluded: Collection[nn.Parameter],
+    count: Count,
 ) -> GramRows:
     """Gradient rows of one batch; ``assemble`` them before the module's weights are touched.
 
@@ -100,11 +102,12 @@ def collect_rows(
         taps: the layer calls of the forward pass that made the outputs.
         parameters: the parameters that count.
         excluded: those of them that must not take a shortcut.
+        count: of the backward passes.
     """
     trainable: set[Tensor] = {parameter for parameter in parameters if parameter not in excluded}
     # Without columns the loss has no curvature, such as a softmax over one class.
     calls = _usable(taps, trainable, outputs.shape[0]) if len(columns) else []
-    gradients = _output_gradients(outputs, columns, calls)
+    gradients = _output_gradients(outputs, columns, calls, count)
     shares = _verified(outputs, columns, shares_by_parameter(calls, gradients, trainable))
     done = {parameter for key in shares for parameter in key}
     rest = [parameter for parameter in parameters if parameter not in done]
@@ -133,7 +136,7 @@ def assemble(
     num_columns = max(len(batch.columns) for batch in batches)  # sequences of several lengths differ in R
     shape = (num_columns, num_samples, num_columns, num_samples)
     gram = torch.zeros(shape, dtype=dtype, device=batches[0].columns.device)
-    for key in batches[0].shares:
+    for key in counted(batches[0].shares, "layers of the Gram matrix"):
         share = [batch.shares[key] for batch in batches]
         if only is not None:
             share = [restricted(part, set(only)) for part in share]
@@ -141,8 +144,10 @@ def assemble(
             add_share(gram, concatenate(share))
     general = [parameter for parameter in batches[0].general if only is None or parameter in only]
     size = num_columns * num_samples
-    for block in _blocks(general, size, MAX_ROW_BYTES if row_bytes is None else row_bytes):
-        add_rows(gram, _explicit_rows(batches, block, num_columns))
+    blocks = list(_blocks(general, size, MAX_ROW_BYTES if row_bytes is None else row_bytes))
+    count = Count("gradient rows", len(blocks) * size)
+    for block in blocks:
+        add_rows(gram, _explicit_rows(batches, block, num_columns, count))
     mirror(gram)
     return Gram(gram.view(size, size), num_samples, sum(batch.num_backward for batch in batches), general)
 
@@ -169,7 +174,7 @@ def _is_whole(call: LayerCall, batch_size: int) -> bool:
     return whole and call.output.requires_grad
 
 
-def _output_gradients(outputs: Tensor, columns: Tensor, calls: Sequence[LayerCall]) -> list[Tensor]:
+def _output_gradients(outputs: Tensor, columns: Tensor, calls: Sequence[LayerCall], count: Count) -> list[Tensor]:
     """(R, N, ...) gradients at each layer's output for the first N samples, one backward pass for each column."""
     targets = [call.output for call in calls]
     if not targets:
@@ -179,6 +184,7 @@ def _output_gradients(outputs: Tensor, columns: Tensor, calls: Sequence[LayerCal
         gradients = pulled_back(outputs, targets, _padded(column, outputs))
         for slot, gradient in zip(found, gradients, strict=True):
             slot[index] = gradient[: columns.shape[1]]
+        count.add()
     return found
 
 
@@ -258,7 +264,7 @@ def _blocks(parameters: Sequence[nn.Parameter], num_rows: int, row_bytes: int) -
         yield block
 
 
-def _explicit_rows(batches: Sequence[GramRows], block: Sequence[_Slice], num_columns: int) -> Tensor:
+def _explicit_rows(batches: Sequence[GramRows], block: Sequence[_Slice], num_columns: int, count: Count) -> Tensor:
     """(R, N, p) gradient rows of a block of coordinates, by vectorised backward passes; zeros for missing columns."""
     parameters = [part.parameter for part in block]
     num_samples = sum(batch.num_samples for batch in batches)
@@ -275,6 +281,7 @@ def _explicit_rows(batches: Sequence[GramRows], block: Sequence[_Slice], num_col
             flat = torch.cat([row[:, part.start : part.stop] for row, part in zip(found, block, strict=True)], dim=1)
             place = torch.tensor(indices, device=rows.device)
             rows[place // batch.num_samples, offset + place % batch.num_samples] = flat.to(dtype)
+            count.add(len(indices))
         offset += batch.num_samples
     return rows
 

@@ -5,6 +5,7 @@ Exact through the Gram matrix of gradient rows, here; estimates are in ``estimat
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,12 +25,14 @@ from lightning_plasticity.curvature.measured import (
     RESOLUTION,
     Measured,
     about_masks,
+    announce_eigenvalues,
     dtype_name,
     finite,
     num_active,
     require_outputs,
 )
 from lightning_plasticity.curvature.spectrum import Spectrum
+from lightning_plasticity.linalg.progress import Count
 from lightning_plasticity.nn.masks import plain_names
 
 MAX_ROWS = 1500  # rows of the Gram matrix that a default measurement allows: half a second to decompose
@@ -90,6 +93,7 @@ def exact_spectrum(
 ) -> Spectrum:
     """The eigenvalues of a Gram matrix, as those of the curvature matrix of its parameters."""
     finite(gram.matrix.diagonal())  # of a Gram matrix: a row that is not finite shows there
+    announce_eigenvalues(len(gram.matrix))
     values = torch.linalg.eigvalsh(gram.matrix) / (gram.num_samples if matrix == "ntk" else 1)
     active = measured.active(parameters)
     num_params = num_active(parameters, active)
@@ -132,6 +136,7 @@ def gram_rows(
     losses: list[OutputLoss] = []
     rows_each = used = 0
     dtype, note = torch.float64, ""
+    count = Count("backward passes")
     for index, batch in enumerate(measured.batches):
         with LayerTaps(measured.module) as taps:
             evaluation = closure(batch, index)
@@ -142,7 +147,9 @@ def gram_rows(
             break
         losses.append(loss.first(take).detached())
         columns = output_root(losses[-1], matrix).columns()
-        batches.append(collect_rows(loss.outputs, columns, taps, parameters, excluded))
+        fitting = math.inf if max_rows is None else (max_rows // max(1, rows_each) - used) / loss.num_samples
+        count.total = count.done + len(columns) * math.ceil(min(len(measured.batches) - index, fitting))
+        batches.append(collect_rows(loss.outputs, columns, taps, parameters, excluded, count))
         used, dtype = used + take, loss.outputs.dtype
         if max_rows is not None and (used + 1) * rows_each > max_rows:
             break

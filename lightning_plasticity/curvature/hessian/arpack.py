@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_plasticity.curvature.hessian.operator import HessianOperator
 from lightning_plasticity.curvature.measured import finite
 from lightning_plasticity.linalg import lanczos
+from lightning_plasticity.linalg.progress import Count
 
 Which = Literal["magnitude", "largest", "smallest"]
 # What makes an eigenvalue come first, and what ARPACK calls it.
@@ -51,6 +52,7 @@ class ArpackIteration:
         self.indices = live.nonzero()[:, 0]
         self.random = np.random.default_rng(seed)
         self.found: Pairs = np.empty(0), np.empty((0, len(self.indices)))
+        self.count = Count("products")
         self.scale = self._power()
         # ARPACK's tolerance is relative to each eigenvalue. A shift away from zero makes it one to the largest: shifted
         # ones are at most three times as large as that.
@@ -80,6 +82,7 @@ class ArpackIteration:
         full = torch.zeros(self.operator.num_params, dtype=self.operator.dtype, device=self.operator.device)
         full[self.indices] = torch.from_numpy(vector.ravel()).to(full)
         product: NDArray[np.float64] = finite(self.operator.matvec(full)[self.indices]).double().cpu().numpy()
+        self.count.add()
         return product
 
     def _deflated(self, vector: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -93,7 +96,7 @@ class ArpackIteration:
         return inside
 
     def _power(self) -> float:
-        """The largest |eigenvalue| from below, its order of magnitude at least."""
+        """The largest ``|eigenvalue|`` from below, its order of magnitude at least."""
         vector, size = self.random.standard_normal(len(self.indices)), 0.0
         for _ in range(POWER_STEPS):
             vector = self._product(vector / np.linalg.norm(vector))

@@ -18,6 +18,7 @@ from lightning_plasticity.curvature.hessian.operator import HessianOperator
 from lightning_plasticity.curvature.hessian.problem import opened
 from lightning_plasticity.curvature.loss.closure import LossFunction
 from lightning_plasticity.curvature.measured import RESOLUTION, Measured, about_masks, dtype_name, finite
+from lightning_plasticity.linalg.progress import part
 from lightning_plasticity.nn import Mode
 from lightning_plasticity.nn.masks import plain_names
 
@@ -31,8 +32,9 @@ class Eigenpairs:
     Attributes:
         values: (k,) float64; by magnitude or size descending, or ascending for ``which="smallest"``.
         vectors: (k, P) orthonormal rows, in the parameters' dtype and on their device; zero where a mask is.
-        residuals: (k,) float64, |H v - value v| from one product each; an eigenvalue of H is within it of the value.
-        converged: (k,) bool, residual within ``tol`` times the largest |eigenvalue| of H, or within rounding.
+        residuals: (k,) float64, ``|H v - value v|`` from one product each; an eigenvalue of H is within it of the
+            value.
+        converged: (k,) bool, residual within ``tol`` times the largest ``|eigenvalue|`` of H, or within rounding.
         num_products: Hessian-vector products spent, those for the residuals included.
         shapes: names and shapes of the parameters that the P coordinates are, in their order.
         num_samples: N, samples that the loss is a mean over.
@@ -56,6 +58,7 @@ class Eigenpairs:
         return {name: part.view(shape) for (name, shape), part in zip(self.shapes.items(), parts, strict=True)}
 
 
+@part("eigenpairs")
 def hessian_eigenpairs(
     model: nn.Module,
     loss_fn: LossFunction | None,
@@ -145,7 +148,7 @@ def hessian_eigenpairs(
 def _live_pairs(
     operator: HessianOperator, live: Tensor, k: int, which: Which, tol: float, max_products: int, seed: int
 ) -> tuple[Pairs, float, str]:
-    """At most k pairs on the live coordinates, a lower bound of the largest |eigenvalue|, and the method."""
+    """At most k pairs on the live coordinates, a lower bound of the largest ``|eigenvalue|``, and the method."""
     size = int(live.sum())
     if size <= max(DENSE_LIMIT, subspace_size(k)):
         values, vectors = torch.linalg.eigh(finite(operator.dense(live)))

@@ -17,6 +17,7 @@ from lightning_plasticity.curvature.measured import (
     RESOLUTION,
     Measured,
     about_masks,
+    announce_eigenvalues,
     dtype_name,
     finite,
     num_active,
@@ -24,6 +25,7 @@ from lightning_plasticity.curvature.measured import (
 from lightning_plasticity.curvature.samples import num_samples
 from lightning_plasticity.curvature.spectrum import Spectrum
 from lightning_plasticity.linalg import LanczosQuadrature, lanczos
+from lightning_plasticity.linalg.progress import part
 
 Method = Literal["auto", "exact", "lanczos"]
 METHODS = ("auto", "exact", "lanczos")
@@ -31,6 +33,7 @@ LANCZOS_STEPS = 120
 COPIES = 2e-5  # relative distance of copies of an eigenvalue in a run without reorthogonalisation, in float32
 
 
+@part("hessian")
 def measure_hessian(
     measured: Measured,
     *,
@@ -100,6 +103,7 @@ def _all_eigenvalues(problem: HessianProblem, at_once: int) -> Tensor:
     """(d,) of the dense Hessian on the live coordinates."""
     rows = finite(problem.operator.dense(problem.live, at_once))
     problem.check_symmetry(float((rows - rows.T).norm()) / max(float(rows.norm()), 1e-300))
+    announce_eigenvalues(len(rows))
     values: Tensor = torch.linalg.eigvalsh(0.5 * (rows + rows.T))
     return values
 
@@ -122,15 +126,16 @@ def _quadrature(
     room = int(min(plan.basis_bytes / (len(start) * (storage or start.dtype).itemsize), plan.num_steps))
     num_steps = min(max(room, 2), dim)
     problem.forget_vectors()
-    run = lanczos(
-        matvec,
-        start,
-        num_steps,
-        first_product=first,
-        storage=storage,
-        reorthogonalise=plan.basis != "none",
-        stop=lambda done: done >= LEAST_STEPS and time.perf_counter() > deadline,
-    )
+    with part(deadline=deadline):
+        run = lanczos(
+            matvec,
+            start,
+            num_steps,
+            first_product=first,
+            storage=storage,
+            reorthogonalise=plan.basis != "none",
+            stop=lambda done: done >= LEAST_STEPS and time.perf_counter() > deadline,
+        )
     problem.check_symmetry(run.asymmetry)
     complete = run.breakdown or run.num_products >= dim
     settings: dict[str, Any] = {"num_steps": run.num_products}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_plasticity.curvature.backward import differentiated_twice
 from lightning_plasticity.curvature.errors import MeasurementError
+from lightning_plasticity.linalg.progress import Count
 
 VMAP_PRODUCTS = 32  # products that one vectorised backward pass computes
 
@@ -183,11 +184,13 @@ class HessianOperator:
         """
         indices = live.nonzero()[:, 0]
         rows = torch.empty(len(indices), len(indices), dtype=torch.float64, device=self.device)
+        count = Count("rows of the matrix", len(indices))
         for start in range(0, len(indices), at_once):
             chunk = indices[start : start + at_once]
             units = torch.zeros(len(chunk), self.num_params, dtype=self.dtype, device=self.device)
             units[torch.arange(len(chunk)), chunk] = 1.0
             rows[start : start + len(chunk)] = self.matmat(units)[:, indices].double()
+            count.add(len(chunk))
         return rows
 
 

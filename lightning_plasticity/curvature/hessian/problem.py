@@ -112,7 +112,7 @@ class HessianProblem:
         )
 
     def _nonlinearity(self) -> float:
-        """|H(u + v) - H u - H v| for Gaussian u and v: rounding and nothing else, of a wrong double backward too.
+        """``|H(u + v) - H u - H v|`` for Gaussian u and v: rounding and nothing else, of a wrong double backward too.
 
         Of a layer whose own block vanishes (a bias before a batch norm, or of attention's keys) no product is more.
         """
@@ -124,7 +124,7 @@ class HessianProblem:
         return float((matvec(u + v) - matvec(u) - matvec(v)).norm())
 
     def _loss_rounding(self) -> float:
-        """What rounding in the loss's second derivatives makes of a product: eps |J|^2 / N, from one row of J^T.
+        """What rounding in the loss's second derivatives makes of a product: ``eps |J|^2 / N``, from one row of J^T.
 
         On an over-confident network that fits its data the Hessian is nothing else: p - p^2 is rounded once, and the
         products are linear in the same wrong matrix. In 16 bits this would excuse everything, so it is zero there.

@@ -30,6 +30,7 @@ from lightning_plasticity.curvature.layers import LayerTaps, patches_of
 from lightning_plasticity.curvature.loss.closure import as_pair
 from lightning_plasticity.curvature.loss.output_loss import OutputLoss
 from lightning_plasticity.curvature.measured import Measured, require_outputs
+from lightning_plasticity.linalg.progress import counted
 from lightning_plasticity.nn import undisturbed
 from lightning_plasticity.nn.batches import join_batches
 from lightning_plasticity.nn.masks import copy_with_plain_weights
@@ -59,7 +60,7 @@ def backpack_factors(
         raise Refused("the loss is the module's own, and not loss_fn of its outputs.")
     sums = FactorSums()
     twin, network, twins = _converted_copy(measured.module, layers)
-    for index, batch in enumerate(_batches(measured, factors)):
+    for index, batch in enumerate(counted(_batches(measured, factors), "batches")):
         with measured.open() as closure, LayerTaps(measured.module) as taps:
             loss = require_outputs(closure(batch, index))
             outputs = loss.outputs.detach()

@@ -76,7 +76,7 @@ class KroneckerBlock:
 
     @property
     def input_rank(self) -> int:
-        """Rank of A: the numerical rank of the layer's features, with the column of ones that the bias multiplies."""
+        """Rank of A, the numerical rank of the layer's features, with the column of ones that the bias multiplies."""
         return int((self.input_eigenvalues > 0).sum())
 
     @property

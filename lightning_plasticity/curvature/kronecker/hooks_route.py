@@ -19,13 +19,14 @@ from lightning_plasticity.curvature.gram.matrix import CHECK_TOLERANCE
 from lightning_plasticity.curvature.kronecker.layers import ChosenLayer, FactorSums, usable_calls
 from lightning_plasticity.curvature.layers import LayerCall, LayerTaps, patches_of
 from lightning_plasticity.curvature.measured import Measured, require_outputs
+from lightning_plasticity.linalg.progress import Count
 
 PATCH_CHUNK = 4 * 2**20  # float64 entries of patches held at once
 
 
 def hook_factors(measured: Measured, layers: Sequence[ChosenLayer]) -> FactorSums:
     """Factors of all layers that ran once on whole batches, each checked against autograd."""
-    sums = FactorSums()
+    sums, count = FactorSums(), Count("backward passes")
     for index, batch in enumerate(measured.batches):
         with measured.open() as closure, LayerTaps(measured.module) as taps:
             loss = require_outputs(closure(batch, index))
@@ -34,7 +35,8 @@ def hook_factors(measured: Measured, layers: Sequence[ChosenLayer]) -> FactorSum
             columns = loss.hessian_root().columns().to(loss.outputs.dtype)  # (R, N, ...)
             skipped |= _check(loss.outputs, columns, used, calls)
             used = [layer for layer in used if layer.name not in skipped]
-            outputs = _output_factors(loss.outputs, columns, used, calls)
+            count.total = count.done + len(columns) * (len(measured.batches) - index)
+            outputs = _output_factors(loss.outputs, columns, used, calls, count)
             sums.begin(loss)
             for layer in used:
                 call = calls[layer.name]
@@ -84,7 +86,7 @@ def _summed_positions(layer: ChosenLayer, gradient: Tensor) -> Tensor:
 
 
 def _output_factors(
-    outputs: Tensor, columns: Tensor, layers: Sequence[ChosenLayer], calls: Mapping[str, LayerCall]
+    outputs: Tensor, columns: Tensor, layers: Sequence[ChosenLayer], calls: Mapping[str, LayerCall], count: Count
 ) -> dict[str, Tensor]:
     """B, (G, O, O) float64, of each layer; one backward pass for each column."""
     found = {}
@@ -95,6 +97,7 @@ def _output_factors(
         for layer, gradient in zip(layers, _gradients(outputs, column, layers, calls), strict=True):
             g = _summed_positions(layer, gradient)
             found[layer.name] += g.transpose(1, 2) @ g
+        count.add()
     return found
 
 

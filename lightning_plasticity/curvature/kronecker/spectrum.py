@@ -21,6 +21,7 @@ from lightning_plasticity.curvature.kronecker.result import WHOLE, KroneckerSpec
 from lightning_plasticity.curvature.loss.closure import LossFunction
 from lightning_plasticity.curvature.measured import Measured
 from lightning_plasticity.curvature.spectrum import Spectrum
+from lightning_plasticity.linalg.progress import part
 from lightning_plasticity.nn import Mode
 
 Backend = Literal["auto", "backpack", "hooks"]
@@ -30,6 +31,7 @@ TRIAL_SAMPLES = 2
 TRIAL_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 
 
+@part("kronecker")
 def kronecker_spectrum(
     model: nn.Module,
     loss_fn: LossFunction | None,

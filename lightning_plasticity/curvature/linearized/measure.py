@@ -24,8 +24,16 @@ from lightning_plasticity.curvature.hessian.measure import Method, check_method
 from lightning_plasticity.curvature.linearized.result import LinearizedPrediction
 from lightning_plasticity.curvature.linearized.start import KERNELS, Kernel, Start, start_of
 from lightning_plasticity.curvature.loss.closure import LossFunction
-from lightning_plasticity.curvature.measured import RESOLUTION, Measured, dtype_name, finite, require_outputs
+from lightning_plasticity.curvature.measured import (
+    RESOLUTION,
+    Measured,
+    announce_eigenvalues,
+    dtype_name,
+    finite,
+    require_outputs,
+)
 from lightning_plasticity.linalg import lanczos
+from lightning_plasticity.linalg.progress import part
 from lightning_plasticity.nn import Mode
 
 EXACT_ROWS = 2000  # N C up to which "auto" decomposes the whole Gram matrix: about two seconds
@@ -48,22 +56,22 @@ def linearized_trainability(
 ) -> LinearizedPrediction:
     """Predict the loss under full-batch gradient descent from the kernel and the residual at the present weights.
 
-    **Squared loss** (``mse_loss``, or 1/2 |f - y|^2 averaged over samples): of the loss itself, exact for a model
+    **Squared loss** (``mse_loss``, or ``1/2 |f - y|^2`` averaged over samples): of the loss itself, exact for a model
     linear in its parameters, and the same with both kernels.
 
-    **Any other loss,** ``kernel="ntk"``: of 1/2 |r|^2, the mean squared residual r = -dl/df (one-hot minus
+    **Any other loss,** ``kernel="ntk"``: of ``1/2 |r|^2``, the mean squared residual r = -dl/df (one-hot minus
     probabilities for cross-entropy), as if the loss were squared.
 
     **Any other loss,** ``kernel="ggn"``: of its quadratic model along the linearisation. With d the change of the
-    parameters, g = dL/df and S S^T = H_out = d2L/df2 frozen at the start, and r_0 such that S r_0 = -g,
+    parameters, g = dL/df and S S^T = H_out = d2L/df2 frozen at the start, and r_0 such that S r_0 = -g::
 
-        q(d) = L + g^T J d + 1/2 (J d)^T H_out (J d) = L - 1/2 |r_0|^2 + 1/2 |r_0 - S^T J d|^2,
+        q(d) = L + g^T J d + 1/2 (J d)^T H_out (J d) = L - 1/2 |r_0|^2 + 1/2 |r_0 - S^T J d|^2
 
-    and a step of gradient descent on q maps r to (I - eta S^T J J^T S) r: the NTK's place is taken by the loss-weighted
-    Gram matrix, whose nonzero eigenvalues are the GGN's. ``loss_after`` is 1/2 |r_T|^2, what q is above its lowest
-    value, and ``offset`` = L - 1/2 |r_0|^2 is that value, as far as outputs can be chosen freely. For cross-entropy
-    1/2 |r_0|^2 is the mean of (1 - p_y) / (2 p_y): on confident mistakes the model has a far and flat minimum. So this
-    form says what the loss does next, and does not rank networks by what they can learn; the plain NTK does.
+    A step of gradient descent on q maps r to (I - eta S^T J J^T S) r: the NTK's place is taken by the loss-weighted
+    Gram matrix, whose nonzero eigenvalues are the GGN's. ``loss_after`` is ``1/2 |r_T|^2``, what q is above its lowest
+    value, and ``offset = L - 1/2 |r_0|^2`` is that value, as far as outputs can be chosen freely. For cross-entropy
+    ``1/2 |r_0|^2`` is the mean of (1 - p_y) / (2 p_y): on confident mistakes the model has a far and flat minimum. So
+    this form says what the loss does next, and does not rank networks by what they can learn; the plain NTK does.
 
     Source: Jacot et al. 2018 (arXiv 1806.07572), section 5, for the dynamics, here in discrete steps; the quadrature is
     that of Golub and Meurant 1994.
@@ -107,6 +115,7 @@ def linearized_trainability(
     return measure_linearized(measured, learning_rate, num_steps, kernel, method, lanczos_steps)
 
 
+@part("linearized")
 def measure_linearized(
     measured: Measured,
     learning_rate: float,
@@ -164,6 +173,7 @@ def _exact(measured: Measured, kernel: Kernel) -> tuple[Start, dict[str, Any]]:
             return start, _nothing_left()
         gram = assemble(rows.batches)
     scale = start.curvature / start.num_samples if kernel == "ntk" else 1.0
+    announce_eigenvalues(len(gram.matrix))
     values, vectors = torch.linalg.eigh(finite(gram.matrix) * scale)
     coefficients = vectors.T @ residual.to(vectors.device)
     found = {"nodes": values.clamp_min(0.0).cpu(), "masses": coefficients.square().cpu()}

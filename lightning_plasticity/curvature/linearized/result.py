@@ -23,12 +23,12 @@ class LinearizedPrediction:
 
     (lambda_i, u_i) are the eigenpairs of the NTK J J^T / N, c_i = u_i . r_0 with r_0 = -N dL/df the residual of the
     loss at the start, eta the learning rate and h the second derivative of the loss in its outputs, times N. With
-    ``kernel="ggn"`` they are those of S^T J J^T S, S r_0 = -sqrt(N) dL/df and h is 1, so that L_T is 1/2 |r_T|^2 of the
-    quadratic model; see ``linearized_trainability``.
+    ``kernel="ggn"`` they are those of S^T J J^T S, S r_0 = -sqrt(N) dL/df and h is 1, so that L_T is ``1/2 |r_T|^2`` of
+    the quadratic model; see ``linearized_trainability``.
 
     Attributes:
         nodes: (K,) float64, h lambda_i, ascending; by Lanczos the nodes of a Gauss quadrature that stand for them.
-        masses: (K,) float64, c_i^2, which sum to |r_0|^2.
+        masses: (K,) float64, c_i^2, which sum to ``|r_0|^2``.
         learning_rate: eta.
         num_steps: T, the budget of steps that was asked for.
         num_samples: N.
@@ -72,7 +72,7 @@ class LinearizedPrediction:
 
     @property
     def initial_loss(self) -> float:
-        """|r_0|^2 / (2 h N): for squared losses the loss itself, for others the squared residual that stands for it."""
+        """``|r_0|^2 / (2 h N)``; for squared losses the loss itself, for others the squared residual in its place."""
         return float(self.masses.sum()) / (2 * self.curvature * self.num_samples)
 
     @property
@@ -82,7 +82,7 @@ class LinearizedPrediction:
 
     @property
     def eps(self) -> float:
-        """1 / (eta T): directions with h lambda below it are out of the budget's reach."""
+        """``1 / (eta T)``; directions with h lambda below it are out of the budget's reach."""
         return 1.0 / (self.learning_rate * max(1, self.num_steps))
 
     def loss_after(self, steps: int) -> Estimate:
@@ -119,7 +119,7 @@ class LinearizedPrediction:
         return self.final_loss.value <= target
 
     def share_below(self, eps: float) -> float:
-        """Share of |r_0|^2 in eigenvectors with h lambda <= eps (by Lanczos: on nodes there, an estimate)."""
+        """Share of ``|r_0|^2`` in eigenvectors with h lambda <= eps (by Lanczos: on nodes there, an estimate)."""
         total = float(self.masses.sum())
         return float(self.masses[self.nodes <= eps].sum()) / total if total else 0.0
 
@@ -155,7 +155,7 @@ class LinearizedPrediction:
         return self.num_rows * (1.0 - self.share_allowed(target, eps, steps))
 
     def _loss(self, nodes: Tensor, masses: Tensor, steps: int, shift: float) -> float:
-        """The sum, with every node moved by up to |shift| to where it is larger (shift > 0) or smaller (< 0)."""
+        """The sum, with every node moved by up to ``|shift|`` to where it is larger (shift > 0) or smaller (< 0)."""
         rates = (1.0 - self.learning_rate * nodes).abs()
         moved = (rates + self.learning_rate * shift).clamp_min(0.0)
         rates = moved.minimum(rates.clamp_min(1.0))  # eigenvalues are not negative: nothing grows that did not before

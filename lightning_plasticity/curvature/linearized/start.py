@@ -27,10 +27,10 @@ class Start:
     """The residual before the first step, on all samples as one batch.
 
     Attributes:
-        residual: (R, N_b) float64 of each batch; |residual|^2 / (2 h N) is the loss.
+        residual: (R, N_b) float64 of each batch; ``|residual|^2 / (2 h N)`` is the loss.
         roots: S of each batch: S^T J J^T S is what the residual decays by. For ``"ntk"`` multiples of the identity.
         curvature: h, by which the operator J J^T / N has to be multiplied; 1 for ``"ggn"``.
-        offset: what the loss is above |residual|^2 / (2 h N); for ``"ntk"`` 0, where another quantity is predicted.
+        offset: what the loss is above ``|residual|^2 / (2 h N)``; for ``"ntk"`` 0, where another quantity is predicted.
         dtype: of the outputs.
     """
 
@@ -73,7 +73,7 @@ def _with_curvature(loss: OutputLoss) -> OutputLoss:
 
 
 def _curvature(loss: OutputLoss, share: float, num_samples: int) -> float:
-    """H = N d2L/df2: for ``mse_loss`` 2 N / (number of entries); 1 for the others, which are taken as 1/2 |r|^2."""
+    """H = N d2L/df2: for ``mse_loss`` 2 N / (number of entries); 1 for the others, which are taken as ``1/2 |r|^2``."""
     if loss.function is not F.mse_loss or loss.options.get("weight") is not None:
         return 1.0
     entries = loss.outputs.numel() if loss.options.get("reduction", "mean") == "mean" else 1

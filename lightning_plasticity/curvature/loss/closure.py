@@ -99,7 +99,7 @@ class LossClosure:
 
     @property
     def num_losses(self) -> int:
-        """How many losses the last step gave: several where ``manual_backward`` took several."""
+        """How many losses the last step gave, several where ``manual_backward`` took several."""
         return max(1, len(self._collected))
 
     def _loss_note(self) -> str:
@@ -110,9 +110,10 @@ class LossClosure:
             f"curvature_loss(batch) on the module to name one ({len(self._collected)} losses)."
         )
 
-    def run(self, batch: Any, index: int = 0) -> None:
-        """Only run the forward pass, for those who watch its activations; any loss will do, or none."""
-        self._run(match_precision(self.module, batch), index)
+    def run(self, batch: Any, index: int = 0) -> Any:
+        """Only run the forward pass, for those who watch its activations; any loss will do, or none: what there is."""
+        returned, _ = self._run(match_precision(self.module, batch), index)
+        return list(self._collected) or returned
 
     def _loss(self, batch: Any, index: int) -> Tensor:
         returned, source = self._run(batch, index)

@@ -1,4 +1,4 @@
-"""The one room that knows about loggers: what each can take is asked of it and its ``experiment``, not of its class."""
+"""Numbers, histograms and pictures for any logger, by what it and its ``experiment`` offer."""
 
 from __future__ import annotations
 
@@ -13,24 +13,30 @@ import torch
 from torch import Tensor
 
 from lightning_plasticity._optional import require
-from lightning_plasticity.curvature import Spectrum
-
-BINS_PER_DECADE = 8
-DECADES_BELOW = 8  # of the largest eigenvalue that a histogram or a figure shows
-MAX_LINES = 50  # in a figure; of more tasks some are left out
+from lightning_plasticity.loggers.charts import arrange_charts
+from lightning_plasticity.loggers.histograms import DECADES_BELOW, binned
 
 
 def log_scalars(logger: Any, values: Mapping[str, float], step: int) -> None:
-    """Send finite scalars to a logger; all can take them.
+    """Send finite scalars to a logger; all can take them. TensorBoard gets charts of them too.
 
     MLflow's file store cannot hold both ``norm`` and ``norm/net.0``, a file and a directory: MLflow gets ``norm_all``.
     """
     finite = {key: value for key, value in values.items() if math.isfinite(value)}
-    if _is_mlflow(getattr(logger, "experiment", None)):
+    experiment: Any = getattr(logger, "experiment", None)
+    if _is_mlflow(experiment):
         groups = {key.rpartition("/")[0] for key in values}
         finite = {f"{key}_all" if key in groups else key: value for key, value in finite.items()}
     if finite:
         logger.log_metrics(finite, step=step)
+    if _offers(experiment, "add_custom_scalars"):
+        arrange_charts(experiment, values)
+
+
+def takes_histograms(logger: Any) -> bool:
+    """Whether ``log_histogram`` does anything."""
+    experiment: Any = getattr(logger, "experiment", None)
+    return _offers(experiment, "add_histogram_raw") or _is_wandb(experiment)
 
 
 def log_histogram(logger: Any, key: str, values: Tensor, counts: Tensor, step: int) -> None:
@@ -53,7 +59,7 @@ def log_histogram(logger: Any, key: str, values: Tensor, counts: Tensor, step: i
     if _offers(experiment, "add_histogram_raw"):
         _tensorboard_histogram(experiment, key, logs, weights, step)
     elif _is_wandb(experiment):
-        edges, sums = _binned(logs, weights)
+        edges, sums = binned(logs, weights)
         histogram = require("wandb", "A histogram").Histogram(np_histogram=(sums.tolist(), edges.tolist()))
         logger.log_metrics({key: histogram}, step=step)
 
@@ -94,14 +100,6 @@ def takes_images(logger: Any) -> bool:
     return False
 
 
-def pixels_of(figure: Any) -> np.ndarray[Any, Any]:
-    """A matplotlib figure as (height, width, 3) bytes; pyplot and its list of open figures are not touched."""
-    canvas = require("matplotlib.backends.backend_agg", "A figure").FigureCanvasAgg(figure)
-    canvas.draw()
-    pixels: np.ndarray[Any, Any] = np.asarray(canvas.buffer_rgba())[..., :3].copy()
-    return pixels
-
-
 def log_directory(loggers: Sequence[Any]) -> Path | None:
     """Where the first logger with a directory keeps its files; None without one.
 
@@ -120,45 +118,6 @@ def log_directory(loggers: Sequence[Any]) -> Path | None:
     return None
 
 
-def spectra_figure(spectra: Mapping[int, Spectrum], title: str) -> Any:
-    """Eigenvalue magnitudes against their index, one line for each task: a collapse is a line that drops early.
-
-    Args:
-        spectra: by task.
-        title: above the plot.
-
-    Returns:
-        A matplotlib figure.
-    """
-    figure = require("matplotlib.figure", "A figure of spectra").Figure(figsize=(7, 4.5), layout="constrained")
-    draw_spectra(figure.add_subplot(), spectra, title)
-    return figure
-
-
-def draw_spectra(axes: Any, spectra: Mapping[int, Spectrum], title: str) -> None:
-    """The same on given axes; tasks run from dark to light."""
-    colours = require("matplotlib", "A figure of spectra").colormaps["viridis"]
-    last = max(spectra, default=0)
-    top = max((spectrum.max_abs for spectrum in spectra.values()), default=1.0)
-    tasks = list(spectra)
-    lines = min(len(tasks), MAX_LINES)
-    for task in (tasks[(k + 1) * len(tasks) // lines - 1] for k in range(lines)):  # evenly spread, with the last
-        spectrum = spectra[task]
-        order = spectrum.eigenvalues.abs().sort(descending=True)
-        index = torch.cumsum(spectrum.counts[order.indices], 0)
-        shown = order.values > 0
-        colour = colours(0.95 * task / max(last, 1))
-        axes.step(index[shown], order.values[shown], where="pre", color=colour, label=f"task {task + 1}")
-    axes.set(xscale="log", yscale="log", xlabel="number of eigenvalues at least this large", ylabel="|eigenvalue|")
-    axes.set_title(title)
-    if top > 0:
-        axes.set_ylim(top * 10.0**-DECADES_BELOW, 2 * top)
-    handles, labels = axes.get_legend_handles_labels()
-    stride = max(1, len(labels) // 6)
-    if labels:
-        axes.legend(handles[::stride], labels[::stride], fontsize="small")
-
-
 def _offers(experiment: Any, name: str) -> bool:
     """Whether a real method is there: a DummyLogger's experiment answers to every name."""
     return callable(getattr(type(experiment), name, None))
@@ -172,17 +131,8 @@ def _is_mlflow(experiment: Any) -> bool:
     return _offers(experiment, "log_batch") and _offers(experiment, "log_image")
 
 
-def _binned(logs: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Edges (B + 1,) on the common grid, and the weight in each bin (B,); a bin holds its left edge."""
-    indices = (logs * BINS_PER_DECADE).floor().long()
-    first = int(indices.min())
-    num_bins = int(indices.max()) - first + 1
-    edges = torch.arange(first, first + num_bins + 1, dtype=torch.float64) / BINS_PER_DECADE
-    return edges, torch.zeros(num_bins, dtype=torch.float64).index_add_(0, indices - first, weights)
-
-
 def _tensorboard_histogram(experiment: Any, key: str, logs: Tensor, weights: Tensor, step: int) -> None:
-    edges, sums = _binned(logs, weights)
+    edges, sums = binned(logs, weights)
     experiment.add_histogram_raw(
         key,
         min=float(edges[0]),
