@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from lightning_plasticity.callbacks.live import FewHooks
 from lightning_plasticity.callbacks.monitor import PHASES, BoundaryMonitor, Phase
 from lightning_plasticity.callbacks.processes import describe, several
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
+from lightning_plasticity.callbacks.warn_once import WarnOnce
 from lightning_plasticity.linalg import Estimate
 from lightning_plasticity.loggers import log_directory, log_scalars
 from lightning_plasticity.records import TaskRecord, append_record, installed_versions
@@ -104,7 +104,7 @@ class PlasticityAlert(FewHooks):
         self.alerted: list[int] = []  # tasks
         self._tracker: TaskTracker | None = None
         self._resuming = True
-        self._warned: set[str] = set()
+        self._warn_once = WarnOnce("PlasticityAlert")
         # Made once: Lightning asks for it at every hook of every step.
         self._state_key = self._generate_state_key(measure=self.measure, against=self.against, phase=self.phase)
 
@@ -241,29 +241,15 @@ class PlasticityAlert(FewHooks):
             cause="fresh",
         )
 
-    def _warn_once(self, message: str, cause: str) -> None:
-        if cause not in self._warned:
-            self._warned.add(cause)
-            rank_zero_warn(message)
-
-    @contextmanager
-    def _survived(self) -> Iterator[None]:
-        """A full disk or a broken logger must not kill the run, or keep the others from being written."""
-        try:
-            yield
-        except Exception as error:
-            why = describe(error)
-            self._warn_once(f"PlasticityAlert could not write what it saw: {why}. Training goes on.", cause=why)
-
     def _log(self, trainer: Trainer, task: int, ratio: float, active: bool) -> None:
         assert self._tracker is not None
         values = {"plasticity/alert/active": float(active), "plasticity/alert/ratio": ratio}
         if not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
-            with self._survived():
+            with self._warn_once.surviving("write what it saw"):
                 log_scalars(logger, values, self._tracker.step)
-        with self._survived():
+        with self._warn_once.surviving("write what it saw"):
             directory = Path(self.save_dir) if self.save_dir is not None else log_directory(trainer.loggers)
             if directory is not None and not getattr(trainer, "fast_dev_run", False):
                 numbers = {key: Estimate.exactly(value) for key, value in values.items()}

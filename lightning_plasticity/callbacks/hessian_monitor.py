@@ -225,7 +225,7 @@ class HessianSpectrumMonitor(BoundaryMonitor):
             measurement.histograms[f"{prefix}/spectrum_log10"] = spectrum
             measurement.settings[quantity] = _about(spectrum)
             if note := spectrum.settings.get("note"):
-                self._warn_once(trainer, note, f"{type(self).__name__}: {note}")
+                self._warn_once(f"{type(self).__name__}: {note}", note)
         return measurement
 
     def _spectrum(self, trainer: Trainer, measured: Measured, quantity: Quantity, spent: float) -> Spectrum:

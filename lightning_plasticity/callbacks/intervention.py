@@ -19,6 +19,7 @@ from lightning_plasticity.callbacks.processes import describe, several
 from lightning_plasticity.callbacks.regularization import muted
 from lightning_plasticity.callbacks.sharding import refuse_sharded_interventions
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
+from lightning_plasticity.callbacks.warn_once import WarnOnce
 from lightning_plasticity.curvature import LossClosure
 from lightning_plasticity.loggers import log_scalars
 from lightning_plasticity.nn import Wiring, find_wiring, told_wiring, undisturbed
@@ -177,7 +178,7 @@ class UnitIntervention(EngineIntervention):
         self.layers = layers
         self.wiring = wiring
         self._logged: dict[str, int] = {}
-        self._warned: set[str] = set()
+        self._warn_once = WarnOnce(type(self).__name__)
         self._given_up: str | None = None  # why it does nothing in this fit
 
     def make_engine(self, pl_module: LightningModule, wiring: Wiring, optimizers: list[Any]) -> Any:
@@ -264,10 +265,9 @@ class UnitIntervention(EngineIntervention):
                 f"{type(self).__name__} found no hidden layer to act on:\n{wiring.describe()}\n"
                 "Tell it with wiring={'layer': ['what follows it', ...]}, or remove the callback."
             )
-        if wiring.unsupported and (text := wiring.describe()) not in self._warned:
-            self._warned.add(text)
-            rank_zero_warn(
-                f"{type(self).__name__} leaves some layers alone. What it found:\n{text}\n"
+        if wiring.unsupported:
+            self._warn_once(
+                f"{type(self).__name__} leaves some layers alone. What it found:\n{wiring.describe()}\n"
                 "To silence this name layers=[...], or tell the wiring with wiring={'layer': ['what follows it']}."
             )
         return wiring

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -39,6 +38,7 @@ from lightning_plasticity.callbacks.processes import (
 from lightning_plasticity.callbacks.progress import LONG, expectation, line_below, shown, tell
 from lightning_plasticity.callbacks.sharding import refuse_unknown_sharding, whole
 from lightning_plasticity.callbacks.task_tracker import TaskTracker
+from lightning_plasticity.callbacks.warn_once import WarnOnce
 from lightning_plasticity.curvature import MeasurementError
 from lightning_plasticity.curvature.measured import dtype_name
 from lightning_plasticity.linalg.progress import part
@@ -96,7 +96,7 @@ class BoundaryMonitor(FewHooks):
         self._tracker: TaskTracker | None = None
         self._probe: Probe | None = None
         self._probed_task: int | None = None  # whose probe data has been fetched, or could not be
-        self._warned: set[str] = set()
+        self._warn_once = WarnOnce(type(self).__name__, raising=on_error == "raise")
         self._resuming = True
         self._state_key: str | None = None  # while a Trainer runs
 
@@ -219,7 +219,7 @@ class BoundaryMonitor(FewHooks):
         name = type(self).__name__
         line, expected = line_below(trainer), self._expected(pl_module, phase)
         if line is None and expected >= LONG:
-            with self._guarded(trainer, "say that it measures"):
+            with self._warn_once.surviving("say that it measures"):
                 tell(trainer, f"{name}: measuring at the {phase} of task {task}, {expectation(expected)}")
         started = time.perf_counter()
         measurement, error = Measurement(), None
@@ -257,9 +257,9 @@ class BoundaryMonitor(FewHooks):
                 self._say_again(f"the measurement at the {phase} of task {task} was {why}.")
                 continue
             what = f"{name} could not measure {f'{parts} ' if parts else ''}at the {phase} of task {task}"
-            self._warn_once(trainer, why, f"{what}: {why.rstrip('.')}. Training goes on.")
+            self._warn_once(f"{what}: {why.rstrip('.')}. Training goes on.", why)
         if seconds >= LONG:
-            with self._guarded(trainer, "say that it has measured"):
+            with self._warn_once.surviving("say that it has measured"):
                 tell(trainer, f"{name}: measured at the {phase} of task {task} in {seconds:.0f} s")
         settings = measurement.settings | {"identity": self.state_key}
         values = {self.named(key): estimate for key, estimate in measurement.values.items()}
@@ -331,39 +331,29 @@ class BoundaryMonitor(FewHooks):
     def _keep(self, trainer: Trainer, pl_module: LightningModule, record: TaskRecord, measurement: Measurement) -> None:
         """Files, records, loggers; a full disk or a broken logger must not kill the run either."""
         directory = None
-        with self._guarded(trainer, "write its record"):  # a logger is asked for its directory
+        with self._warn_once.surviving("write its record"):  # a logger is asked for its directory
             directory = record_directory(trainer, self.save_dir)
         if directory is not None:
             names = {}
             for matrix, spectrum in measurement.spectra.items():
-                with self._guarded(trainer, "write its record"):
+                with self._warn_once.surviving("write its record"):
                     names[matrix] = save_spectrum(directory, record, matrix, spectrum, self.name)
             record = replace(record, spectra=names)
-            with self._guarded(trainer, "write its record"):
+            with self._warn_once.surviving("write its record"):
                 append_record(directory, record)
         self.records.append(record)
         if record.phase == "start":
-            with self._guarded(trainer, "log to the module"):
+            with self._warn_once.surviving("log to the module"):
                 reach_callback_metrics(pl_module, record, several(trainer))
         loggers = trainer.loggers if trainer.is_global_zero else []
         images = {}
         if any(takes_images(logger) for logger in loggers):
-            with self._guarded(trainer, "draw its figures"):
+            with self._warn_once.surviving("draw its figures"):
                 drawn = self.figures(measurement, record).items()
                 images = {self.named(key): pixels_of(figure) for key, figure in drawn}
         for logger in loggers:
-            with self._guarded(trainer, f"log to {type(logger).__name__}"):
+            with self._warn_once.surviving(f"log to {type(logger).__name__}"):
                 log_measurement(logger, record, measurement, images, self.named)
-
-    @contextmanager
-    def _guarded(self, trainer: Trainer, what: str) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if self.on_error == "raise":
-                raise
-            why, name = describe(error), type(self).__name__
-            self._warn_once(trainer, f"{what} {why}", f"{name} could not {what}: {why.rstrip('.')}. Training goes on.")
 
     def _expected(self, pl_module: LightningModule, phase: Phase) -> float:
         """Seconds that the next measurement will take; infinite for a first one that may be long."""
@@ -382,13 +372,6 @@ class BoundaryMonitor(FewHooks):
         """As often as it happens."""
         message = f"{type(self).__name__}: {what} Training goes on; Ctrl-C again ends it."
         warnings.warn(message, stacklevel=2)
-
-    def _warn_once(self, trainer: Trainer, cause: str, message: str) -> None:
-        """Warn once for each cause, whatever numbers its text holds."""
-        cause = re.sub(r"\d[\d.]*(e[-+]?\d+)?", "#", cause)
-        if cause not in self._warned and trainer.is_global_zero:
-            self._warned.add(cause)
-            warnings.warn(message, stacklevel=2)
 
 
 def _refuse_lazy(pl_module: LightningModule) -> None:

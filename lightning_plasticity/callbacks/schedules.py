@@ -3,7 +3,8 @@
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_plasticity.callbacks.warn_once import WarnOnce
 
 __all__ = ["EveryFit", "EveryNEpochs", "EveryNSteps", "TaskAttribute", "TaskSchedule", "find_attribute", "plain_label"]
 
@@ -97,7 +98,7 @@ class TaskAttribute(TaskSchedule):
             raise ValueError(f"TaskAttribute got name={name!r}; pass the name of an attribute, such as 'task_id'.")
         self.name = name
         self.ends_with_fit = ends_with_fit
-        self._warned: set[str] = set()
+        self._warn_once = WarnOnce("TaskAttribute")
 
     def label(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         """Value of the attribute.
@@ -105,9 +106,9 @@ class TaskAttribute(TaskSchedule):
         Raises:
             AttributeError: if neither the module nor the datamodule has the attribute.
         """
-        value = find_attribute(trainer, pl_module, self.name, _MISSING, self._warned)
+        value = find_attribute(trainer, pl_module, self.name, _MISSING, self._warn_once)
         if value is _MISSING:
-            if self._warned:  # it is there, but cannot be read
+            if self._warn_once:  # it is there, but cannot be read
                 return None
             raise AttributeError(
                 f"TaskAttribute(name={self.name!r}) found no attribute {self.name!r} on {_owners(trainer, pl_module)}; "
@@ -116,33 +117,32 @@ class TaskAttribute(TaskSchedule):
         return value
 
 
-def find_attribute(trainer: Trainer, pl_module: LightningModule, name: str, default: Any, warned: set[str]) -> Any:
+def find_attribute(trainer: Trainer, pl_module: LightningModule, name: str, default: Any, warn_once: WarnOnce) -> Any:
     """Value of an attribute of the module, else of the datamodule, else the default; methods do not count.
 
-    A property that raises counts as missing; the warning goes to ``warned``, which is asked first.
+    A property that raises counts as missing; it is warned of once.
     """
     names = ("task_id", "_task_id") if name == "task_id" else (name,)
     for owner in (pl_module, getattr(trainer, "datamodule", None)):
         for candidate in names:
-            value = _read(owner, candidate, warned)
+            value = _read(owner, candidate, warn_once)
             if value is not _MISSING and not callable(value):
                 return value
     return default
 
 
-def _read(owner: Any, name: str, warned: set[str]) -> Any:
+def _read(owner: Any, name: str, warn_once: WarnOnce) -> Any:
     try:
         return getattr(owner, name)
     except Exception as error:
         if isinstance(error, AttributeError) and not hasattr(type(owner), name):
             return _MISSING
         attribute = f"{type(owner).__name__}.{name}"
-        if attribute not in warned:
-            warned.add(attribute)
-            rank_zero_warn(
-                f"{attribute} raised {type(error).__name__}: {error}. As long as it does, it marks no tasks; let it "
-                "return None where there is no task."
-            )
+        warn_once(
+            f"{attribute} raised {type(error).__name__}: {error}. As long as it does, it marks no tasks; let it "
+            "return None where there is no task.",
+            attribute,
+        )
         return _MISSING
 
 

@@ -9,12 +9,12 @@ from functools import partial
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_plasticity.callbacks.base import Callback
 from lightning_plasticity.callbacks.live import FewHooks
 from lightning_plasticity.callbacks.processes import exchange, several
 from lightning_plasticity.callbacks.schedules import EveryFit, TaskAttribute, TaskSchedule, find_attribute, plain_label
+from lightning_plasticity.callbacks.warn_once import WarnOnce
 
 __all__ = ["TaskTracker"]
 
@@ -98,7 +98,7 @@ class TaskTracker(FewHooks):
         self._resuming = False
         self._loop_entered = False
         self._saw_batch = False
-        self._warned: set[str] = set()
+        self._warn_once = WarnOnce("TaskTracker")
 
     @property
     def task(self) -> int:
@@ -165,7 +165,7 @@ class TaskTracker(FewHooks):
         """Choose the schedule, and drop a task that an interrupted fit left open if fits make the tasks."""
         self._loop_entered = self._saw_batch = False
         chosen = self.schedule
-        self._chosen = _default_schedule(trainer, pl_module, self._warned) if chosen is None else chosen
+        self._chosen = _default_schedule(trainer, pl_module, self._warn_once) if chosen is None else chosen
         self._count_from(trainer)
         if self._chosen.starts_with_fit and not self._resuming:
             self._state.in_task = False
@@ -213,10 +213,7 @@ class TaskTracker(FewHooks):
         """Warn if the fit trained nothing; not called when it was interrupted."""
         if self._saw_batch:
             return
-        message = f"fit ended without a training step: {_why_no_step(trainer, self._loop_entered)}"
-        if message not in self._warned:
-            self._warned.add(message)
-            rank_zero_warn(message)
+        self._warn_once(f"fit ended without a training step: {_why_no_step(trainer, self._loop_entered)}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Let go of the Trainer; the task stays open, for a checkpoint made now must be able to continue it."""
@@ -276,14 +273,11 @@ class TaskTracker(FewHooks):
             if (found := _other_signature(hook, arguments)) is None:
                 hook(*arguments)
                 continue
-            message = (
+            self._warn_once(
                 f"{type(owner).__name__} has a method {name}{found}, which cannot be called with {HOOK_ARGUMENTS} and "
                 f"is left alone. If it is meant to hear of tasks, define {name}(self, trainer, pl_module, task); "
                 "if it is not, give it another name."
             )
-            if message not in self._warned:
-                self._warned.add(message)
-                rank_zero_warn(message)
 
     def _end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Before the hooks, so that a run resumed from a checkpoint made in one of them does not end the task again.
@@ -340,8 +334,8 @@ def _turn(callback: Callback, hook: str) -> int:
     return int(_updates_weights(callback))
 
 
-def _default_schedule(trainer: Trainer, pl_module: LightningModule, warned: set[str]) -> TaskSchedule:
-    return EveryFit() if find_attribute(trainer, pl_module, "task_id", None, warned) is None else TaskAttribute()
+def _default_schedule(trainer: Trainer, pl_module: LightningModule, warn_once: WarnOnce) -> TaskSchedule:
+    return EveryFit() if find_attribute(trainer, pl_module, "task_id", None, warn_once) is None else TaskAttribute()
 
 
 def _other_signature(hook: Callable[..., Any], arguments: tuple[Any, ...]) -> inspect.Signature | None:
