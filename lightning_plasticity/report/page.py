@@ -81,7 +81,7 @@ def page(data: Mapping[str, Any], parts: Mapping[str, Any], plotly_js: str) -> s
 </main>
 <footer><p class="dim">Made by lightning_plasticity {escape(parts["version"])}, {escape(parts["made"])}.</p></footer>
 <script type="application/json" id="data">{embed(data)}</script>
-<script>{plotly_js}</script>
+<script type="text/plain" id="plotly">{plotly_js}</script>
 <script>{script}</script>
 </body>
 </html>

@@ -10,6 +10,7 @@
   const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon"];
   const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
   const INK = { light: ["#1f2328", "#d0d4da", "#ffffff", "#707780"], dark: ["#e6e8eb", "#3a4149", "#16191d", "#9aa2ab"] };
+  const PAPER = [660, 300]; // of a figure on paper, in CSS pixels: A4 and Letter have more
   const hidden = new Set();
   const groups = data.groups.map((group) => group.name);
   let printing = false;
@@ -172,7 +173,8 @@
 
   function plot(place, drawn, plan, label) {
     place.setAttribute("aria-label", `Figure: ${label}. The table below holds its numbers.`);
-    Plotly.react(place, drawn, plan, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"], displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false });
+    const size = printing ? { autosize: false, width: PAPER[0], height: PAPER[1] } : { autosize: true };
+    Plotly.react(place, drawn, { ...plan, ...size }, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"], displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false });
   }
 
   function legend(place, lines, of) {
@@ -209,29 +211,32 @@
       map.tasks.map((task, k) => [String(task), ...[map.params[k], map.samples[k], map.zeros[k], map.rounding[k], map.below[k], map.counts[k].reduce((a, b) => a + b, 0)].map(number)]));
   }
 
+  // plotly.js stands in the page as plain text: it is run once the text of the page is on the screen, or to print.
+  function ready() {
+    if (!window.Plotly) document.head.append(element("script", {}, document.getElementById("plotly").textContent));
+  }
+
   // Each figure: its place, the choice, and how to draw and tabulate what is chosen.
-  const figures = [];
+  const figures = new Map();
   function add(panel, options, draw, tabulate) {
     const place = panel.querySelector(".figure");
     const select = panel.querySelector("select");
     const details = panel.querySelector("details");
     const figure = { seen: false };
     const chosen = () => options[select ? select.selectedIndex : 0];
-    figure.draw = () => draw(place, chosen());
-    const fill = () => details && details.open && details.querySelector(".scroll").replaceChildren(tabulate(chosen()));
+    figure.draw = () => {
+      figure.seen = true;
+      draw(place, chosen());
+    };
+    const fill = () => details.open && details.querySelector(".scroll").replaceChildren(tabulate(chosen()));
     figure.update = () => {
       if (figure.seen) figure.draw();
       fill();
     };
     if (select) select.addEventListener("change", figure.update);
-    if (details) details.addEventListener("toggle", fill);
-    figures.push(figure);
+    details.addEventListener("toggle", fill);
+    figures.set(place, figure);
   }
-
-  const show = (figure) => {
-    figure.seen = true;
-    figure.draw();
-  };
 
   for (const section of data.sections) {
     add(document.querySelector(`#${section.key} .panel`), section.options, drawOption, (option) => lineTable(shown(option.lines)));
@@ -253,13 +258,34 @@
     });
   });
   dark.addEventListener("change", () => figures.forEach((figure) => figure.update()));
-  // In the order of the page, one at a time, so that it can be read and scrolled meanwhile.
-  (function next() {
-    const figure = figures.find((one) => !one.seen);
+
+  // What is on the screen comes first, then the rest in the order of the page, one at a time.
+  const idle = window.requestIdleCallback || ((run) => setTimeout(run, 20));
+  function rest() {
+    const figure = [...figures.values()].find((one) => !one.seen);
     if (!figure) return;
-    show(figure);
-    setTimeout(next);
-  })();
-  addEventListener("beforeprint", () => { printing = true; figures.forEach(show); });
-  addEventListener("afterprint", () => { printing = false; figures.forEach(show); });
+    figure.draw();
+    idle(rest);
+  }
+  requestAnimationFrame(() => setTimeout(() => {
+    ready();
+    const watch = new IntersectionObserver((entries) => {
+      entries.filter((entry) => entry.isIntersecting).forEach((entry) => {
+        watch.unobserve(entry.target);
+        const figure = figures.get(entry.target);
+        if (!figure.seen) figure.draw();
+      });
+    });
+    figures.forEach((_, place) => watch.observe(place));
+    setTimeout(() => idle(rest));
+  }));
+
+  function print(on) {
+    ready();
+    printing = on;
+    document.querySelectorAll("#provenance details").forEach((one) => { one.open = on; });
+    figures.forEach((figure) => figure.draw());
+  }
+  addEventListener("beforeprint", () => print(true));
+  addEventListener("afterprint", () => print(false));
 })();
