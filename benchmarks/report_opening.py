@@ -160,7 +160,9 @@ def write_run(directory: Path, num_tasks: int, seed: int) -> Path:
             step = 100 * (task + (phase == "end"))
             record = TaskRecord("HessianSpectrumMonitor", task, phase, step, values, about, 3.0, spectra=names)
             append_record(directory, record)
-            features = [f"features/{name}{layer}" for name in RANKS + UNITS for layer in ("", *(f"/{x}" for x in LAYERS))]
+            features = [
+                f"features/{name}{layer}" for name in RANKS + UNITS for layer in ("", *(f"/{x}" for x in LAYERS))
+            ]
             weights = [f"weights/norm{layer}" for layer in ("", "/net.0", "/net.2", "/net.4", "/net.6")]
             exact = {before + key: Estimate.exactly(100 * draw.random()) for key in features + weights}
             append_record(directory, TaskRecord("FeatureRankMonitor", task, phase, step, exact, about, 0.1))

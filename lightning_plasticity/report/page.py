@@ -10,7 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from lightning_plasticity.report.health import Fact
-from lightning_plasticity.report.sections import ALERTS, SECTIONS, SPECTRA, Section
+from lightning_plasticity.report.sections import ALERTS, LOGGED, SECTIONS, SPECTRA, Section
 
 TITLE = "Plasticity report"
 HEALTH, PROBLEMS, PROVENANCE = "Health at a glance", "What could not be measured", "Settings and provenance"
@@ -46,11 +46,13 @@ def page(data: Mapping[str, Any], parts: Mapping[str, Any], plotly_js: str) -> s
     for one in data["sections"]:
         section = sections[one["key"]]
         blocks[section.key] = (section.title, _section(section, [option["label"] for option in one["options"]]))
+    if data["logged"]:
+        blocks["logged"] = (LOGGED.title, _section(LOGGED, [one["label"] for one in data["logged"]]))
     if data["heat"]:
         blocks["spectra"] = (SPECTRA.title, _spectra(data["heat"]))
     if data["alerts"]:
         blocks["alerts"] = (ALERTS.title, _section(ALERTS, []))
-    order = ["accuracy", "spectra", *(section.key for section in SECTIONS[1:]), "alerts"]
+    order = ["accuracy", "logged", "spectra", *(section.key for section in SECTIONS[1:]), "alerts"]
     shown = [(key, *blocks[key]) for key in order if key in blocks]
     links = [("health", HEALTH), *((key, title) for key, title, _ in shown)]
     links += [("problems", PROBLEMS), ("provenance", PROVENANCE)]

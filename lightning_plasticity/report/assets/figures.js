@@ -123,6 +123,23 @@
     legend(place, lines, of);
   }
 
+  function drawLogged(place, series) {
+    const lines = shown(series.lines);
+    const plan = layout(series.label, false);
+    plan.xaxis = { ...plan.xaxis, title: { text: "step" }, dtick: undefined, range: undefined, tickformat: "~s", nticks: 8 };
+    plan.yaxis.rangemode = "normal";
+    plan.yaxis2 = { overlaying: "y", range: [0, 1], visible: false, fixedrange: true };
+    const starts = {
+      x: series.starts.flatMap((x) => [x, x, null]), y: series.starts.flatMap(() => [0, 1, null]), yaxis: "y2", mode: "lines",
+      line: { color: INK[theme()][1], width: 1, dash: "dot" }, hoverinfo: "skip",
+    };
+    plot(place, [starts, ...lines.map((line) => ({
+      x: line.steps, y: line.value, mode: line.steps.length > 60 ? "lines" : "lines+markers", name: text(line.run),
+      line: { color: colour(line.group), width: 1.4 }, marker: { size: 4, symbol: symbol(line.group) }, hovertemplate: "step %{x}: %{y:.4~g}",
+    }))], plan, series.label);
+    legend(place, lines, [""]);
+  }
+
   function drawAlert(place) {
     const alerts = shown(data.alerts);
     const measures = [...new Set(data.alerts.map((alert) => alert.measure))];
@@ -243,6 +260,10 @@
   }
   const maps = data.heat.flatMap((map) => (map.negative ? [[map, false], [map, true]] : [[map, false]]));
   document.querySelectorAll("#spectra .panel").forEach((panel) => add(panel, maps, drawHeat, heatTable));
+  if (data.logged.length) {
+    add(document.querySelector("#logged .panel"), data.logged, drawLogged, (series) => table(["run", "step", series.label],
+      shown(series.lines).flatMap((line) => line.steps.map((step, k) => [line.run, number(step), number(line.value[k])]))));
+  }
   if (data.alerts.length) {
     add(document.querySelector("#alerts .panel"), [null], drawAlert, () => table(["task", "run", "measure", "against", "value / reference", "sounds"],
       shown(data.alerts).flatMap((alert) => alert.tasks.map((task, k) => [String(task), alert.run, alert.measure, alert.against, number(alert.ratio[k]), alert.active[k] ? "yes" : "no"]))));
