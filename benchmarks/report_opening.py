@@ -39,24 +39,29 @@ EPS = ("eps_rank_0.001", "eps_rank_0.01", "eps_rank_0.1", "relative_eps_rank_0.0
 WINDOW = "1280,900"
 # Runs before the page's own scripts, and looks at every frame; a frame that was asked for has the last one painted.
 WATCH = """(() => {
+  window.onScreen = (one) => {
+    const box = one.getBoundingClientRect();
+    return box.bottom > 0 && box.top < innerHeight;
+  };
   const seen = window.opening = {};
   const note = (name, now) => { seen[name] ??= now; };
   const look = (now) => {
     const figures = [...document.querySelectorAll(".figure")];
     const drawn = (one) => one.querySelector(".trace, .heatmaplayer image");
-    const visible = (one) => { const box = one.getBoundingClientRect(); return box.bottom > 0 && box.top < innerHeight; };
-    if (performance.getEntriesByName("first-contentful-paint").length && document.getElementById("provenance")) note("readable", now);
+    const painted = performance.getEntriesByName("first-contentful-paint").length;
+    if (painted && document.getElementById("provenance")) note("readable", now);
     if (document.readyState === "complete" && figures.length) {
-      if (figures.filter(visible).every(drawn)) note("visible", now);
+      if (figures.filter(onScreen).every(drawn)) note("visible", now);
       if (figures.every(drawn)) note("all", now);
     }
     requestAnimationFrame(look);
   };
   requestAnimationFrame(look);
 })()"""
-READ = """JSON.stringify({...window.opening, paint: performance.getEntriesByName("first-contentful-paint")[0]?.startTime,
-  shown: [...document.querySelectorAll(".figure")].filter((one) => {
-    const box = one.getBoundingClientRect(); return box.bottom > 0 && box.top < innerHeight; }).length})"""
+READ = """JSON.stringify({
+  ...window.opening, paint: performance.getEntriesByName("first-contentful-paint")[0]?.startTime,
+  shown: [...document.querySelectorAll(".figure")].filter(onScreen).length,
+})"""
 
 
 class Chromium:
@@ -215,12 +220,13 @@ def table(rows: Sequence[str], num_tasks: int, openings: int) -> str:
             f"an empty profile, window {WINDOW.replace(',', ' x ')}; {num_tasks} tasks, measured at start and end. "
             f"{platform.machine()}, {os.cpu_count()} cores.",
             "",
-            "| runs | file | written in | opened at | figures there | first paint | readable | they are drawn | all drawn | load |",
+            "| runs | file | written in | opened at | figures there | first paint | readable | they are drawn "
+            "| all drawn | load |",
             "|---|---|---|---|---|---|---|---|---|---|",
             *rows,
             "",
-            "Readable: all text down to the last section is there and a frame was painted. Opened at the heat maps is the "
-            "page with `#spectra` in its address. All drawn includes what is far off the screen.",
+            "Readable: all text down to the last section is there and a frame was painted. Opened at the heat maps is "
+            "the page with `#spectra` in its address. All drawn includes what is far off the screen.",
             "",
         ]
     )

@@ -13,7 +13,7 @@ import numpy as np
 
 from lightning_plasticity.records import FILE_NAME, TaskRecord
 
-NAMED = re.compile(r"(?<![a-z])(acc|accuracy|return|reward|f1|auroc|loss|error|perplexity)(?![a-z])", re.I)
+NAMED = re.compile(r"(?i:(?<![a-z])(acc|accuracy|return|reward|f1|auroc|loss|error|perplexity)(?![a-z]))")
 LOW_IS_GOOD = re.compile(r"loss|error|perplexity", re.I)
 OWN = "plasticity/"  # keys of the monitors, which are in the records already
 TASK = "plasticity/task"

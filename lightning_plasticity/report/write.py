@@ -168,7 +168,7 @@ def _card(
     counts = _times(len(runs), "run", "runs"), _times(records, "measurement", "measurements")
     notes = [f"{counts[0]}, {span} task{'s' * (span != '1')}, {counts[1]}."]
     if len(runs) > 1 and facts:
-        notes.append("Means over runs; best is the mean of each run's own best, ratio the mean of their ratios.")
+        notes.append("Means over runs; best is the mean of each run's own best, last / best the mean of their ratios.")
     if not facts:
         notes.append("No measure of the main ones has a finite value.")
     if not any(run.rows or run.logged for run in runs):
