@@ -133,13 +133,19 @@ class Chromium:
 def opening(page: Path, anchor: str = "") -> dict[str, float]:
     """Milliseconds of one opening: ``paint``, ``readable``, ``visible`` figures and ``all`` figures drawn."""
     with Chromium() as browser:
-        browser.call("Page.addScriptToEvaluateOnNewDocument", source=WATCH)
-        browser.call("Page.navigate", url=page.resolve().as_uri() + anchor)
-        for _ in range(300):
-            time.sleep(0.1)
-            found: dict[str, float] = json.loads(browser.evaluate(READ) or "{}")
-            if "all" in found:
-                return found
+        return wait_for(browser, page, anchor)
+
+
+def wait_for(browser: Chromium, page: Path, anchor: str = "") -> dict[str, float]:
+    """Open a page and wait until all its figures are drawn; what ``WATCH`` saw."""
+    browser.call("Page.addScriptToEvaluateOnNewDocument", source=WATCH)
+    browser.call("Page.navigate", url=page.resolve().as_uri() + anchor)
+    found: dict[str, float] = {}
+    for _ in range(300):
+        time.sleep(0.1)
+        found = json.loads(browser.evaluate(READ) or "{}")
+        if "all" in found:
+            return found
     raise RuntimeError(f"{page}: not all figures were drawn within 30 s, only {found}")
 
 

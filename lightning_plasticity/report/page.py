@@ -20,8 +20,8 @@ INTRO = (
     "There is no verdict here: each measure's last value is set beside the best of the same run so far. The small "
     "lines go from each measure's own lowest to its highest, so a flat course can look steep: read the ratio. A fresh "
     "network's count of eigenvalues is small, so the highest often comes late. Two ratios have thresholds, known from "
-    "our studies: srank below 0.946 of its best (PlasticityAlert's default: 88 % of the falling runs found, 39 % of the "
-    "healthy ones too) and online or logged training accuracy below 0.87 of its best (62 % found, 19 %). Nothing "
+    "our studies: srank below 0.946 of its best (PlasticityAlert's default: 88 % of the falling runs found, 39 % of "
+    "the healthy ones too) and online or logged training accuracy below 0.87 of its best (62 % found, 19 %). Nothing "
     "measured predicted the next task's accuracy better than the last task's accuracy did. Tasks are counted from 0, "
     "as in the records."
 )
