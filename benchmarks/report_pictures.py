@@ -3,15 +3,16 @@
 ``docs/images/alert.png`` is of the first run on docs/how-to/alerts.md, whose code is run here as it stands there;
 ``docs/images/report.png`` of a demo.
 
-Run: lightning-plasticity demo --tasks 8 --epochs 5 --out demo_out && python -m benchmarks.report_pictures demo_out
+Run: lightning-plasticity demo --out demo_out && python -m benchmarks.report_pictures demo_out
 """
 
 from __future__ import annotations
 
 import argparse
 import base64
-import contextlib
 import re
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -42,8 +43,7 @@ def main() -> None:
     found = re.search(r"```python\n(.*?)```", (DOCS / "how-to" / "alerts.md").read_text(), re.S)
     assert found
     with tempfile.TemporaryDirectory() as directory:
-        with contextlib.chdir(directory):
-            exec(compile(found[1], "alerts.md", "exec"), {"__name__": "page"})
+        subprocess.run([sys.executable, "-c", found[1]], cwd=directory, check=True)
         report = write_report(Path(directory) / "logs", Path(directory) / "report.html")
         picture(report, DOCS / "images" / "alert.png", "#health", "#accuracy .legend", 900)
         report = write_report(demo, Path(directory) / "demo.html")

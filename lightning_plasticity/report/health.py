@@ -107,7 +107,7 @@ def _fact(key: str, line: Line, best_is: Best, says: str, last_task: int) -> Fac
         course={task: _mean([values[task] for values in runs if task in values]) for task in tasks},
         last=_mean(lasts),
         best=_mean(bests),
-        best_is=f"{best_is}, task {ends[0][1]}" if len(runs) == 1 else best_is,
+        best_is=f"{best_is}, task\N{NO-BREAK SPACE}{ends[0][1]}" if len(runs) == 1 else best_is,
         share=share,
         judged=threshold > 0 and bool(shares),
         below=f"below {threshold} of its best{whose}" if low else "",
