@@ -281,14 +281,17 @@
   dark.addEventListener("change", () => figures.forEach((figure) => figure.update()));
 
   // What is on the screen comes first, then the rest in the order of the page, one at a time.
-  const idle = window.requestIdleCallback || ((run) => setTimeout(run, 20));
+  const idle = (run) => (window.requestIdleCallback ? requestIdleCallback(run, { timeout: 200 }) : setTimeout(run, 20));
   function rest() {
     const figure = [...figures.values()].find((one) => !one.seen);
     if (!figure) return;
     figure.draw();
     idle(rest);
   }
-  requestAnimationFrame(() => setTimeout(() => {
+  let begun = false;
+  function begin() {
+    if (begun) return;
+    begun = true;
     ready();
     const watch = new IntersectionObserver((entries) => {
       entries.filter((entry) => entry.isIntersecting).forEach((entry) => {
@@ -299,7 +302,9 @@
     });
     figures.forEach((_, place) => watch.observe(place));
     setTimeout(() => idle(rest));
-  }));
+  }
+  requestAnimationFrame(() => setTimeout(begin));
+  setTimeout(begin, 400); // a page in a background tab has no frames
 
   function print(on) {
     ready();
