@@ -51,7 +51,7 @@ class Fact:
         last: value at the last task it was measured at.
         best: best value of each run so far; the first value where no end is best.
         best_is: ``"highest"``, ``"lowest"`` or ``"first"``, and of a single run at which task.
-        share: last / best, NaN where that says nothing.
+        share: last / best, NaN where that says nothing, as where the last task has no value.
         judged: whether there is a threshold for it.
         below: how its share stands to that threshold, empty where it is not below.
         caution: why the last value is not what it seems, empty where it is.
@@ -101,6 +101,7 @@ def _fact(key: str, line: Line, best_is: Best, says: str, last_task: int) -> Fac
     whose = "" if len(runs) == 1 else f" in {low} of {len(runs)} runs"
     tasks = sorted({task for values in runs for task in values})
     latest = max(tasks)
+    share = math.nan if latest < last_task else share
     return Fact(
         name=label(key) + (f" ({line.variant})" if line.variant else ""),
         says=says,

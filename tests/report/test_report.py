@@ -99,6 +99,18 @@ def test_cards_say_last_and_best_and_at_which_task(run: tuple[Path, Path]) -> No
     assert "Accuracy is not known" in text
 
 
+def test_a_value_of_an_earlier_task_is_not_taken_for_the_last(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    with open(tmp_path / "plasticity.jsonl", "a") as file:
+        values = '{"plasticity/hessian/eps_rank_0.01": ["nan", 1, 9], "plasticity/weights/norm": [9, 9, 9]}'
+        file.write(f'{{"monitor": "HessianSpectrumMonitor", "task": 4, "phase": "start", "values": {values}}}\n')
+    text = Seen(write_report(tmp_path, tmp_path)).text
+    assert (
+        "\u25bc last is task 3: no value since, only intervals or nothing1720highest, task\xa00srank: mean over layers"
+        in text
+    )  # and no 85 %
+
+
 def test_page_can_be_walked_without_a_mouse(study: Path) -> None:
     elements = Seen(study).elements
     tags = [tag for tag, _ in elements]
