@@ -10,7 +10,7 @@
   const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon"];
   const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
   const INK = { light: ["#1f2328", "#d0d4da", "#ffffff", "#707780"], dark: ["#e6e8eb", "#3a4149", "#16191d", "#9aa2ab"] };
-  const PAPER = [660, 300]; // of a figure on paper, in CSS pixels: A4 and Letter have more
+  const PAPER = [660, 250]; // of a figure on paper, in CSS pixels: A4 and Letter have more
   const hidden = new Set();
   const groups = data.groups.map((group) => group.name);
   let printing = false;
