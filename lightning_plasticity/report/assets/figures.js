@@ -38,14 +38,14 @@
     return {
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
-      font: { color: ink, family: "system-ui, sans-serif", size: 13 },
+      font: { color: ink, family: "system-ui, sans-serif", size: printing ? 11 : 13 },
       margin: { l: 8, r: 12, t: 14, b: 8 },
       showlegend: false,
       hovermode: "closest",
       hoverlabel: { namelength: -1, bgcolor: paper, bordercolor: grid, font: { color: ink } },
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
       xaxis: { ...axis, title: { text: "task" }, tickformat: "d", ...fewTicks() },
-      yaxis: { ...axis, title: { text: text(yTitle) }, ...(log ? { type: "log", dtick: 1, exponentformat: "power" } : { rangemode: "tozero" }) },
+      yaxis: { ...axis, title: { text: text(yTitle), ...(printing ? { font: { size: 11 } } : {}) }, ...(log ? { type: "log", dtick: 1, exponentformat: "power" } : { rangemode: "tozero" }) },
     };
   }
 
