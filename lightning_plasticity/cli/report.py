@@ -12,7 +12,8 @@ SUMMARY = "make one page with the numbers and pictures of one run or several"
 EXAMPLE = """
 Example: lightning-plasticity report lightning_logs/version_0 lightning_logs/version_1 --out report.html
 
-A directory is one that a monitor wrote plasticity.jsonl to: a logger's, or a monitor's save_dir.
+A directory is one that a monitor wrote plasticity.jsonl to: a logger's, or a monitor's save_dir. Accuracies and losses
+come from metrics.csv (CSVLogger) and TensorBoard files in it, below it, or else in the directory above.
 """
 
 
@@ -21,6 +22,13 @@ def add(commands: Any) -> None:
     parser = add_command(commands, "report", SUMMARY, EXAMPLE)
     parser.add_argument("directories", type=Path, nargs="+", metavar="LOGDIR", help="a run's directory")
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the file (default report.html)")
+    parser.add_argument(
+        "--metric",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a series that the run logged, such as val_acc; may be repeated (default: accuracies, returns, losses)",
+    )
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -33,7 +41,7 @@ def run(arguments: argparse.Namespace) -> Found:
     from lightning_plasticity.report import ReportError, write_report
 
     try:
-        written = write_report(arguments.directories, arguments.out)
+        written = write_report(arguments.directories, arguments.out, metrics=arguments.metric)
     except ReportError as error:
         raise UsageError(str(error)) from error
     print(f"Report: {written}")

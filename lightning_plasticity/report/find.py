@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lightning_plasticity.records import FILE_NAME, TaskRecord, latest
 
 MAX_RUNS = 500  # of one report; a mistaken directory such as / must not be searched to its end
@@ -33,6 +35,7 @@ class Run:
         rows: by task what a study or a demo adds: accuracy and the like.
         problems: what could not be read, or why the run itself failed.
         settings: of a study's unit; empty elsewhere.
+        logged: by name what its loggers wrote, each (points, 3): task, step, value.
     """
 
     group: str
@@ -42,6 +45,7 @@ class Run:
     rows: dict[int, dict[str, float]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     settings: Mapping[str, Any] = field(default_factory=dict)
+    logged: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
 
 
 def find_runs(directories: Sequence[Path]) -> list[Run]:

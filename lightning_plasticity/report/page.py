@@ -10,18 +10,20 @@ from importlib.resources import files
 from typing import Any
 
 from lightning_plasticity.report.health import Fact
-from lightning_plasticity.report.sections import ALERTS, SECTIONS, SPECTRA, Section
+from lightning_plasticity.report.sections import ALERTS, LOGGED, SECTIONS, SPECTRA, Section
 
 TITLE = "Plasticity report"
 HEALTH, PROBLEMS, PROVENANCE = "Health at a glance", "What could not be measured", "Settings and provenance"
 MAX_CARDS = 4  # more are a table
+MARK = "\u25bc"
 INTRO = (
-    "What was measured, and nothing that was not: last value, best value of the same run so far, and their ratio. "
-    "The best is the run's own; a fresh network's count of eigenvalues is small, so the highest often comes at the "
-    "second task. Two ratios have thresholds from our studies: srank below 0.946 of its best (PlasticityAlert's "
-    "default: 88 % of the falling runs found, 39 % of the healthy ones too) and a training metric below 0.87 of its "
-    "best (62 % found, 19 %). Nothing measured predicted the next task's accuracy better than the last task's "
-    "accuracy did. Tasks are counted from 0, as in the records."
+    "There is no verdict here: each measure's last value is set beside the best of the same run so far. The small "
+    "lines go from each measure's own lowest to its highest, so a flat course can look steep: read the ratio. A fresh "
+    "network's count of eigenvalues is small, so the highest often comes late. Two ratios have thresholds, known from "
+    "our studies: srank below 0.946 of its best (PlasticityAlert's default: 88 % of the falling runs found, 39 % of "
+    "the healthy ones too) and online or logged training accuracy below 0.87 of its best (62 % found, 19 %). Nothing "
+    "measured predicted the next task's accuracy better than the last task's accuracy did. Tasks are counted from 0, "
+    "as in the records."
 )
 
 
@@ -46,11 +48,13 @@ def page(data: Mapping[str, Any], parts: Mapping[str, Any], plotly_js: str) -> s
     for one in data["sections"]:
         section = sections[one["key"]]
         blocks[section.key] = (section.title, _section(section, [option["label"] for option in one["options"]]))
+    if data["logged"]:
+        blocks["logged"] = (LOGGED.title, _section(LOGGED, [one["label"] for one in data["logged"]]))
     if data["heat"]:
         blocks["spectra"] = (SPECTRA.title, _spectra(data["heat"]))
     if data["alerts"]:
         blocks["alerts"] = (ALERTS.title, _section(ALERTS, []))
-    order = ["accuracy", "spectra", *(section.key for section in SECTIONS[1:]), "alerts"]
+    order = ["accuracy", "logged", "spectra", *(section.key for section in SECTIONS[1:]), "alerts"]
     shown = [(key, *blocks[key]) for key in order if key in blocks]
     links = [("health", HEALTH), *((key, title) for key, title, _ in shown)]
     links += [("problems", PROBLEMS), ("provenance", PROVENANCE)]
@@ -81,7 +85,7 @@ def page(data: Mapping[str, Any], parts: Mapping[str, Any], plotly_js: str) -> s
 </main>
 <footer><p class="dim">Made by lightning_plasticity {escape(parts["version"])}, {escape(parts["made"])}.</p></footer>
 <script type="application/json" id="data">{embed(data)}</script>
-<script>{plotly_js}</script>
+<script type="text/plain" id="plotly">{plotly_js}</script>
 <script>{script}</script>
 </body>
 </html>
@@ -115,23 +119,54 @@ def _last(fact: Fact | None) -> str:
     if fact is None:
         return "&ndash;"
     share = "" if math.isnan(fact.share) else f'<span class="note">{fact.share:.0%}</span>'
-    return f"{fact.last:.4g}{share}"
+    mark = f'<span class="note warn">{MARK} {escape(fact.below)}</span>' if fact.below else ""
+    return f"{fact.last:.4g}{share}{mark}"
 
 
 def _card(card: Mapping[str, Any]) -> str:
     facts: Sequence[Fact] = card["facts"]
-    rows = "".join(
-        f'<tr><th scope="row">{escape(fact.name)}<span class="note">{escape(fact.note)}</span></th>'
-        f'<td>{fact.last:.4g}</td><td>{fact.best:.4g}<span class="note">{fact.best_is}</span></td>'
-        f"<td>{'' if math.isnan(fact.share) else f'{fact.share:.0%}'}</td></tr>"
-        for fact in facts
-    )
+    rows = ""
+    for fact in facts:
+        warned = " ".join(filter(None, (fact.below, fact.caution)))
+        warning = f'<span class="note warn">{MARK} {escape(warned)}</span>' if warned else ""
+        share = "" if math.isnan(fact.share) else f"{fact.share:.0%}"
+        rows += (
+            f'<tr><th scope="row">{escape(fact.name)}<span class="note">{escape(fact.says)}</span>{warning}</th>'
+            f"<td>{sparkline(fact.course)}</td><td>{fact.last:.4g}</td>"
+            f'<td>{fact.best:.4g}<span class="note">{escape(fact.best_is)}</span></td><td>{share}</td></tr>'
+        )
+    heads = "".join(f'<th scope="col">{head}</th>' for head in ("over tasks", "last", "best so far", "last / best"))
     table = (
-        f'<table><thead><tr><th class="left" scope="col">measure</th><th scope="col">last</th><th scope="col">best</th>'
-        f'<th scope="col">ratio</th></tr></thead><tbody>{rows}</tbody></table>'
+        f'<table><thead><tr><th class="left" scope="col">measure</th>{heads}</tr></thead><tbody>{rows}</tbody></table>'
     )
     notes = "".join(f"<p>{escape(note)}</p>" for note in card["notes"])
-    return f'<article class="card"><h3>{escape(card["name"])}</h3>{notes}{table if facts else ""}</article>'
+    body = _standing(facts) + notes + (table if facts else "")
+    return f'<article class="card"><h3>{escape(card["name"])}</h3>{body}</article>'
+
+
+def _standing(facts: Sequence[Fact]) -> str:
+    """One line: which of the measures that a threshold is known for are below it."""
+    low = [f"{fact.name} {fact.below}" for fact in facts if fact.below]
+    if low:
+        return f'<p class="standing warn">{MARK} {escape("; ".join(low))}.</p>'
+    judged = ", ".join(fact.name for fact in facts if fact.judged)
+    text = f"Not below a known threshold: {judged}" if judged else "Measured nothing that a threshold is known for"
+    return f'<p class="standing">{escape(text)}.</p>'
+
+
+def sparkline(course: Mapping[int, float]) -> str:
+    """A small line of the values over tasks, from its lowest to its highest; nothing to read off."""
+    if len(course) < 2:
+        return ""
+    low, high = min(course.values()), max(course.values())
+    first, last = min(course), max(course)
+    points = [
+        (2 + 76 * (task - first) / (last - first), 18 - 14 * ((value - low) / (high - low) if high > low else 0.5))
+        for task, value in course.items()
+    ]
+    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    end = f'<circle cx="{points[-1][0]:.1f}" cy="{points[-1][1]:.1f}" r="2"/>'
+    return f'<svg class="spark" viewBox="0 0 80 22" aria-hidden="true"><polyline points="{line}"/>{end}</svg>'
 
 
 def _runs(groups: Sequence[Mapping[str, Any]]) -> str:

@@ -35,12 +35,13 @@ SECTIONS = (
     Section(
         "accuracy",
         "Accuracy",
-        (r"online_.*", r"end_(?!.*/).*"),
+        (r"online_.*", r"end_(?!.*/).*", r"logged/.*"),
         "Online: mean over a task's minibatches, each before its update, so it says how well and how fast the task "
         "was learnt. End: the final weights on the task's training data. A fall over tasks of equal difficulty is "
-        "what loss of plasticity means.",
+        "what loss of plasticity means. Mean in the task: over what the run itself logged during the task.",
         "Tasks of unequal difficulty move it without any loss of plasticity. At the end of a task it can be near its "
-        "ceiling while learning has become slower: look at the online value too.",
+        "ceiling while learning has become slower: look at the online value too. A mean "
+        "over a task moves with the number of epochs, too.",
     ),
     Section(
         "curvature",
@@ -134,6 +135,16 @@ SPECTRA = Section(
     "its outputs are small. Of an estimate (Lanczos) the bulk is spread over few points: stripes there are the "
     "method's, not the network's.",
 )
+LOGGED = Section(
+    "logged",
+    "What the run logged, over steps",
+    (),
+    "From metrics.csv or TensorBoard beside the records: series named for an accuracy, return, loss or error, or those "
+    "asked for by --metric. Dotted lines are the first steps of tasks. Of long series each point is a mean of "
+    "neighbours; of a Trainer that counted its steps from 0 again the steps are moved to the task's.",
+    "Metrics on training batches include what the batch has just taught; validation data can be another distribution. "
+    "Smoothing by on_epoch=True hides how fast a task is learnt.",
+)
 ALERTS = Section(
     "alerts",
     "Alerts",
@@ -179,6 +190,8 @@ def _option(key: str, measures: Mapping[str, Sequence[Line]]) -> dict[str, Any]:
 def label(measure: str) -> str:
     """A measure in words: ``ggn/eps_rank_0.01`` is "GGN: eigenvalues > 0.01"."""
     head, _, rest = measure.partition("/")
+    if head == "logged":
+        return f"{rest}, mean in the task"
     if head in MATRICES:
         counted = re.fullmatch(r"(relative_)?eps_rank_(.+)", rest)
         if counted:

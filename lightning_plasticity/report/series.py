@@ -14,6 +14,7 @@ from scipy import stats
 
 from lightning_plasticity.linalg import Estimate
 from lightning_plasticity.report.find import Run
+from lightning_plasticity.report.metrics import task_means
 
 QUANTITIES = ("ggn", "hessian", "ntk", "features", "weights", "trainability", "alert")
 DIGITS = 6
@@ -94,6 +95,10 @@ def points_of(run: Run) -> dict[tuple[str, str], Points]:
                 lower, upper = row.get(f"{key}_lower", value), row.get(f"{key}_upper", value)
                 phase = "end" if key.startswith("end/") else "start"
                 found.setdefault(parse(key, phase), {})[task] = Estimate(value, lower, upper)
+    for name, series in run.logged.items():
+        means = task_means(series)
+        if means:
+            found[f"logged/{name}", ""] = {task: Estimate.exactly(mean) for task, mean in means.items()}
     for record in run.records:
         for key, estimate in record.values.items():
             place = parse(key, record.phase)

@@ -10,20 +10,23 @@ from typing import Any
 
 from lightning_plasticity import __version__
 from lightning_plasticity._optional import if_installed, require
+from lightning_plasticity.records import FILE_NAME
 from lightning_plasticity.report.find import ReportError, Run, find_runs
 from lightning_plasticity.report.health import alerts_of, facts_of
 from lightning_plasticity.report.heat import heat_maps
+from lightning_plasticity.report.metrics import read_metrics, thinned
 from lightning_plasticity.report.page import page
 from lightning_plasticity.report.provenance import settings_rows, source_rows, thresholds
 from lightning_plasticity.report.sections import sections_of
 from lightning_plasticity.report.series import Line, lines_by_measure, to_json
+from lightning_plasticity.report.versions import join_versions
 
 Directory = str | os.PathLike[str]
 REPORT = "report.html"
 MAX_LISTED = 12  # tasks in a sentence
 
 
-def write_report(directories: Directory | Sequence[Directory], out: Directory) -> Path:
+def write_report(directories: Directory | Sequence[Directory], out: Directory, *, metrics: Sequence[str] = ()) -> Path:
     """Write one HTML file about one run or several: spectra, ranks, units, norms, trainability, accuracy, alerts.
 
     Nothing is needed to read it but a browser; plotly.js is inside. Runs of one method (a study's, a demo's, or
@@ -32,12 +35,14 @@ def write_report(directories: Directory | Sequence[Directory], out: Directory) -
     Args:
         directories: log directories (with ``plasticity.jsonl`` in or below them), or what a study or a demo wrote.
         out: the file; for a directory ``report.html`` in it. What is missing of its path is made.
+        metrics: names of series that the run's loggers wrote (``metrics.csv``, TensorBoard), as logged. Without any,
+            those whose names speak of accuracy, return, loss or error; of a study or a demo none, it has its own.
 
     Returns:
         The file.
 
     Raises:
-        ReportError: where there are no records to report on.
+        ReportError: where there are no records to report on, or a metric is asked for that no run logged.
         ModuleNotFoundError: without plotly.
     """
     single = isinstance(directories, str | os.PathLike)
@@ -46,6 +51,17 @@ def write_report(directories: Directory | Sequence[Directory], out: Directory) -
         raise ReportError("No directories; pass at least one run's log directory, such as lightning_logs/version_0.")
     plotly_js: str = require("plotly.offline", "The HTML report").get_plotlyjs()
     runs = find_runs(paths)
+    for run in runs:
+        if metrics or not run.rows:
+            run.logged, unread = read_metrics(run.directory, run.records, metrics)
+            run.problems += unread
+    for name in metrics:
+        if not any(name in run.logged for run in runs):
+            raise ReportError(
+                f"No run logged {name!r}; expected a column of metrics.csv or a scalar of TensorBoard beside "
+                f"{FILE_NAME}. {_logged_names(runs)}"
+            )
+    runs = join_versions(runs)
     measures = lines_by_measure(runs)
     heat, problems = heat_maps(runs)
     alerts = [alert for run in runs for alert in alerts_of(run)]
@@ -55,6 +71,7 @@ def write_report(directories: Directory | Sequence[Directory], out: Directory) -
     data = {
         "groups": [{"name": name, "runs": len(members)} for name, members in groups.items()],
         "sections": sections_of(measures),
+        "logged": _logged(runs),
         "heat": heat,
         "alerts": alerts,
         "eps": thresholds(runs),
@@ -89,6 +106,26 @@ def offer_report(directory: Path, tell: Callable[[str], object]) -> None:
         tell(f"Report: {write_report(directory, directory / REPORT)}")
     except Exception as error:
         tell(f"No HTML report: {type(error).__name__}: {error}")
+
+
+def _logged(runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """By series, for JSON: a line for each run, and the steps at which tasks begin."""
+    starts: dict[int, int] = {}
+    for record in next((run.records for run in runs if run.logged), []):
+        starts[record.task] = min(record.step, starts.get(record.task, record.step))
+    found = []
+    for name in dict.fromkeys(name for run in runs for name in run.logged):
+        lines = []
+        for run in (run for run in runs if name in run.logged):
+            steps, values = thinned(run.logged[name])
+            lines.append({"group": run.group, "variant": "", "run": run.name, "steps": steps, "value": values})
+        found.append({"label": name, "lines": lines, "starts": [starts[task] for task in sorted(starts)]})
+    return found
+
+
+def _logged_names(runs: Sequence[Run]) -> str:
+    names = sorted({name for run in runs for name in read_metrics(run.directory, run.records)[0]})
+    return f"There are, among others: {', '.join(names[:MAX_LISTED])}." if names else "No such file was found."
 
 
 def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -131,11 +168,14 @@ def _card(
     counts = _times(len(runs), "run", "runs"), _times(records, "measurement", "measurements")
     notes = [f"{counts[0]}, {span} task{'s' * (span != '1')}, {counts[1]}."]
     if len(runs) > 1 and facts:
-        notes.append("Means over runs; best is the mean of each run's own best, ratio the mean of their ratios.")
+        notes.append("Means over runs; best is the mean of each run's own best, last / best the mean of their ratios.")
     if not facts:
         notes.append("No measure of the main ones has a finite value.")
-    if not any(run.rows for run in runs):
-        notes.append("Accuracy is not known: records do not hold it; a study and the demo write it down.")
+    if not any(run.rows or run.logged for run in runs):
+        notes.append(
+            "Accuracy is not known: no metrics.csv and no TensorBoard file with an accuracy, return or loss was found "
+            "beside the records. Log it with self.log(...)."
+        )
     if failures:
         notes.append(
             f"{_times(failures, 'measurement', 'measurements')} failed, in whole or in part; causes are below."

@@ -46,6 +46,19 @@ PROBE = """<script>addEventListener("load", () => {
     }, "*");
   }, 200);
 });</script></body>"""
+# Prints before anything was drawn: what is on paper then, and what the screen is afterwards.
+PRINTER = """<script>addEventListener("load", () => {
+  dispatchEvent(new Event("beforeprint"));
+  const drawn = [...document.querySelectorAll(".figure")].map((one) => one.querySelector(".main-svg"));
+  const paper = {
+    undrawn: drawn.filter((one) => !one).length, widths: [...new Set(drawn.map((one) => one.getAttribute("width")))],
+    inks: [...new Set([...document.querySelectorAll(".xtick text")].map((one) => getComputedStyle(one).fill))],
+    open: document.querySelectorAll("#provenance details[open]").length,
+  };
+  dispatchEvent(new Event("afterprint"));
+  const open = document.querySelectorAll("#provenance details[open]").length;
+  parent.postMessage({ ...paper, afterwards: open }, "*");
+});</script></body>"""
 FRAME = """<body><iframe src="{name}" style="width:380px;height:2000px;border:0"></iframe>
 <script>onmessage = (e) => {{ document.title = JSON.stringify(e.data); }}</script></body>"""
 
@@ -54,11 +67,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def opened(page: Path, *options: str) -> tuple[dict[str, Any], list[str]]:
+def opened(page: Path, *options: str, probe: str = PROBE) -> tuple[dict[str, Any], list[str]]:
     """What the probe saw in a window of 380 pixels, and what the console said."""
     text = page.read_text(encoding="utf-8")
     end = text.rindex("</body>")
-    page.with_name("probed.html").write_text(text[:end] + PROBE + text[end + len("</body>") :], encoding="utf-8")
+    page.with_name("probed.html").write_text(text[:end] + probe + text[end + len("</body>") :], encoding="utf-8")
     frame = page.with_name("frame.html")
     frame.write_text(FRAME.format(name="probed.html"))
     profile = page.with_name("profile")
@@ -94,6 +107,13 @@ def test_a_study_in_the_dark(tmp_path: Path) -> None:
     assert seen["injected"] == 0
     assert seen["rows"] >= 2 * 4 * len(data_of(page)["sections"])
     assert seen["chips"] >= 2 * len(data_of(page)["sections"])
+
+
+def test_paper_gets_all_figures_in_light_colours(tmp_path: Path) -> None:
+    page = write_report(write_study(tmp_path), tmp_path)
+    seen, console = opened(page, "--blink-settings=preferredColorScheme=0", probe=PRINTER)
+    assert console == []
+    assert seen == {"undrawn": 0, "widths": ["660"], "inks": ["rgb(31, 35, 40)"], "open": 2, "afterwards": 0}
 
 
 def test_values_that_cannot_be_drawn(tmp_path: Path) -> None:

@@ -90,10 +90,25 @@ def test_alerts_are_on_the_time_line(run: tuple[Path, Path]) -> None:
 
 def test_cards_say_last_and_best_and_at_which_task(run: tuple[Path, Path]) -> None:
     text = Seen(run[1]).text
-    assert "Hessian: eigenvalues > 0.01task 3; highest at task 0" in text
-    assert "srank: mean over layerstask 3; highest at task 0; below 0.946 of its best" in text
-    assert "dead units: mean over layerstask 3; lowest at task 0" in text
+    assert "\u25bc srank: mean over layers below 0.946 of its best." in text
+    assert (
+        "PlasticityAlert watches it\u25bc below 0.946 of its best69highest, task\xa0067%" in text
+    )  # last, best, ratio
+    assert "passes no gradient0.30lowest, task\xa00" in text
+    assert "no value since" not in text
     assert "Accuracy is not known" in text
+
+
+def test_a_value_of_an_earlier_task_is_not_taken_for_the_last(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    with open(tmp_path / "plasticity.jsonl", "a") as file:
+        values = '{"plasticity/hessian/eps_rank_0.01": ["nan", 1, 9], "plasticity/weights/norm": [9, 9, 9]}'
+        file.write(f'{{"monitor": "HessianSpectrumMonitor", "task": 4, "phase": "start", "values": {values}}}\n')
+    text = Seen(write_report(tmp_path, tmp_path)).text
+    assert (
+        "\u25bc last is task 3: no value since, only intervals or nothing1720highest, task\xa00srank: mean over layers"
+        in text
+    )  # and no 85 %
 
 
 def test_page_can_be_walked_without_a_mouse(study: Path) -> None:

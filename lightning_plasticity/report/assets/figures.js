@@ -10,6 +10,7 @@
   const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "x", "star", "hexagon"];
   const DASHES = ["solid", "dash", "dot", "dashdot", "longdash"];
   const INK = { light: ["#1f2328", "#d0d4da", "#ffffff", "#707780"], dark: ["#e6e8eb", "#3a4149", "#16191d", "#9aa2ab"] };
+  const PAPER = [660, 250]; // of a figure on paper, in CSS pixels: A4 and Letter have more
   const hidden = new Set();
   const groups = data.groups.map((group) => group.name);
   let printing = false;
@@ -37,14 +38,14 @@
     return {
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
-      font: { color: ink, family: "system-ui, sans-serif", size: 13 },
+      font: { color: ink, family: "system-ui, sans-serif", size: printing ? 11 : 13 },
       margin: { l: 8, r: 12, t: 14, b: 8 },
       showlegend: false,
       hovermode: "closest",
       hoverlabel: { namelength: -1, bgcolor: paper, bordercolor: grid, font: { color: ink } },
       dragmode: matchMedia("(pointer: coarse)").matches ? false : "zoom",
       xaxis: { ...axis, title: { text: "task" }, tickformat: "d", ...fewTicks() },
-      yaxis: { ...axis, title: { text: text(yTitle) }, ...(log ? { type: "log", dtick: 1, exponentformat: "power" } : { rangemode: "tozero" }) },
+      yaxis: { ...axis, title: { text: text(yTitle), ...(printing ? { font: { size: 11 } } : {}) }, ...(log ? { type: "log", dtick: 1, exponentformat: "power" } : { rangemode: "tozero" }) },
     };
   }
 
@@ -122,6 +123,23 @@
     legend(place, lines, of);
   }
 
+  function drawLogged(place, series) {
+    const lines = shown(series.lines);
+    const plan = layout(series.label, false);
+    plan.xaxis = { ...plan.xaxis, title: { text: "step" }, dtick: undefined, range: undefined, tickformat: "~s", nticks: 8 };
+    plan.yaxis.rangemode = "normal";
+    plan.yaxis2 = { overlaying: "y", range: [0, 1], visible: false, fixedrange: true };
+    const starts = {
+      x: series.starts.flatMap((x) => [x, x, null]), y: series.starts.flatMap(() => [0, 1, null]), yaxis: "y2", mode: "lines",
+      line: { color: INK[theme()][1], width: 1, dash: "dot" }, hoverinfo: "skip",
+    };
+    plot(place, [starts, ...lines.map((line) => ({
+      x: line.steps, y: line.value, mode: line.steps.length > 60 ? "lines" : "lines+markers", name: text(line.run),
+      line: { color: colour(line.group), width: 1.4 }, marker: { size: 4, symbol: symbol(line.group) }, hovertemplate: "step %{x}: %{y:.4~g}",
+    }))], plan, series.label);
+    legend(place, lines, [""]);
+  }
+
   function drawAlert(place) {
     const alerts = shown(data.alerts);
     const measures = [...new Set(data.alerts.map((alert) => alert.measure))];
@@ -172,7 +190,8 @@
 
   function plot(place, drawn, plan, label) {
     place.setAttribute("aria-label", `Figure: ${label}. The table below holds its numbers.`);
-    Plotly.react(place, drawn, plan, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"], displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false });
+    const size = printing ? { autosize: false, width: PAPER[0], height: PAPER[1] } : { autosize: true };
+    Plotly.react(place, drawn, { ...plan, ...size }, { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["lasso2d", "select2d"], displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false });
   }
 
   function legend(place, lines, of) {
@@ -209,35 +228,42 @@
       map.tasks.map((task, k) => [String(task), ...[map.params[k], map.samples[k], map.zeros[k], map.rounding[k], map.below[k], map.counts[k].reduce((a, b) => a + b, 0)].map(number)]));
   }
 
+  // plotly.js stands in the page as plain text: it is run once the text of the page is on the screen, or to print.
+  function ready() {
+    if (!window.Plotly) document.head.append(element("script", {}, document.getElementById("plotly").textContent));
+  }
+
   // Each figure: its place, the choice, and how to draw and tabulate what is chosen.
-  const figures = [];
+  const figures = new Map();
   function add(panel, options, draw, tabulate) {
     const place = panel.querySelector(".figure");
     const select = panel.querySelector("select");
     const details = panel.querySelector("details");
     const figure = { seen: false };
     const chosen = () => options[select ? select.selectedIndex : 0];
-    figure.draw = () => draw(place, chosen());
-    const fill = () => details && details.open && details.querySelector(".scroll").replaceChildren(tabulate(chosen()));
+    figure.draw = () => {
+      figure.seen = true;
+      draw(place, chosen());
+    };
+    const fill = () => details.open && details.querySelector(".scroll").replaceChildren(tabulate(chosen()));
     figure.update = () => {
       if (figure.seen) figure.draw();
       fill();
     };
     if (select) select.addEventListener("change", figure.update);
-    if (details) details.addEventListener("toggle", fill);
-    figures.push(figure);
+    details.addEventListener("toggle", fill);
+    figures.set(place, figure);
   }
-
-  const show = (figure) => {
-    figure.seen = true;
-    figure.draw();
-  };
 
   for (const section of data.sections) {
     add(document.querySelector(`#${section.key} .panel`), section.options, drawOption, (option) => lineTable(shown(option.lines)));
   }
   const maps = data.heat.flatMap((map) => (map.negative ? [[map, false], [map, true]] : [[map, false]]));
   document.querySelectorAll("#spectra .panel").forEach((panel) => add(panel, maps, drawHeat, heatTable));
+  if (data.logged.length) {
+    add(document.querySelector("#logged .panel"), data.logged, drawLogged, (series) => table(["run", "step", series.label],
+      shown(series.lines).flatMap((line) => line.steps.map((step, k) => [line.run, number(step), number(line.value[k])]))));
+  }
   if (data.alerts.length) {
     add(document.querySelector("#alerts .panel"), [null], drawAlert, () => table(["task", "run", "measure", "against", "value / reference", "sounds"],
       shown(data.alerts).flatMap((alert) => alert.tasks.map((task, k) => [String(task), alert.run, alert.measure, alert.against, number(alert.ratio[k]), alert.active[k] ? "yes" : "no"]))));
@@ -253,13 +279,39 @@
     });
   });
   dark.addEventListener("change", () => figures.forEach((figure) => figure.update()));
-  // In the order of the page, one at a time, so that it can be read and scrolled meanwhile.
-  (function next() {
-    const figure = figures.find((one) => !one.seen);
+
+  // What is on the screen comes first, then the rest in the order of the page, one at a time.
+  const idle = (run) => (window.requestIdleCallback ? requestIdleCallback(run, { timeout: 200 }) : setTimeout(run, 20));
+  function rest() {
+    const figure = [...figures.values()].find((one) => !one.seen);
     if (!figure) return;
-    show(figure);
-    setTimeout(next);
-  })();
-  addEventListener("beforeprint", () => { printing = true; figures.forEach(show); });
-  addEventListener("afterprint", () => { printing = false; figures.forEach(show); });
+    figure.draw();
+    idle(rest);
+  }
+  let begun = false;
+  function begin() {
+    if (begun) return;
+    begun = true;
+    ready();
+    const watch = new IntersectionObserver((entries) => {
+      entries.filter((entry) => entry.isIntersecting).forEach((entry) => {
+        watch.unobserve(entry.target);
+        const figure = figures.get(entry.target);
+        if (!figure.seen) figure.draw();
+      });
+    });
+    figures.forEach((_, place) => watch.observe(place));
+    setTimeout(() => idle(rest));
+  }
+  requestAnimationFrame(() => setTimeout(begin));
+  setTimeout(begin, 400); // a page in a background tab has no frames
+
+  function print(on) {
+    ready();
+    printing = on;
+    document.querySelectorAll("#provenance details").forEach((one) => { one.open = on; });
+    figures.forEach((figure) => figure.draw());
+  }
+  addEventListener("beforeprint", () => print(true));
+  addEventListener("afterprint", () => print(false));
 })();
