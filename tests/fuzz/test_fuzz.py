@@ -47,12 +47,11 @@ def _stepping(monitor: Any, trainer: Any, pl_module: Any, *args: Any) -> None:
     next(pl_module.parameters()).data.add_(1)
 
 
-@pytest.mark.parametrize(("method", "broken", "found"), [("_keep", _without_records, "lost"),
-                                                        ("_announce_start", _stepping, "changed")])  # fmt: skip
+@pytest.mark.parametrize(("broken", "found"), [(_without_records, "lost"), (_stepping, "changed")])
 def test_what_is_changed_or_lost_is_found(
-    method: str, broken: Any, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    broken: Any, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(BoundaryMonitor, method, broken)
+    monkeypatch.setattr(BoundaryMonitor, "_keep", broken)
     case = draw(0, 0)
     verdict = check(replace(case, fault=replace(case.fault, place="nothing")), tmp_path)
     assert getattr(verdict, found)
