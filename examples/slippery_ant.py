@@ -1,6 +1,6 @@
 """PPO on Slippery Ant, with the spectra of actor and critic at each change of friction.
 
-    pip install 'lightning-plasticity[rl]'
+    pip install '.[rl]'
     python examples/slippery_ant.py
 
 Ten minutes, and an ant that walks. A policy that does nothing gets a return of about 990 by standing still for 1000

@@ -8,10 +8,10 @@ from types import ModuleType
 EXTRAS = {
     "matplotlib": "matplotlib",
     "sklearn": "scikit-learn",
-    "gymnasium": "'lightning-plasticity[rl]'",
-    "mujoco": "'lightning-plasticity[rl]'",
-    "plotly": "'lightning-plasticity[report]'",
-    "shtab": "'lightning-plasticity[completion]'",
+    "gymnasium": "'gymnasium[mujoco]'",
+    "mujoco": "'gymnasium[mujoco]'",
+    "plotly": "plotly",
+    "shtab": "shtab",
 }
 
 

@@ -64,7 +64,9 @@ def blocks_of(text: str) -> Iterator[Block]:
 
 
 # docs/how-to/alerts.md shows an alert that sounds.
+# Pages that show a warning.
 @pytest.mark.filterwarnings("ignore:PlasticityAlert at the start of task 3:UserWarning")
+@pytest.mark.filterwarnings("ignore:HessianSpectrumMonitor could not measure ggn, hessian .* is nan:UserWarning")
 @pytest.mark.parametrize("page", PAGES, ids=relative)
 def test_python_blocks_run(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # One namespace per page, and a real module, because dataclasses and pickle look theirs up by name.

@@ -25,7 +25,7 @@ from lightning_plasticity.records import TaskRecord, append_record, installed_ve
 Against = Literal["best", "early", "fresh"]
 Bad = Literal["low", "high"]
 ADVICE = (
-    "Regularise from now on (L2ERMixin), put LayerNorm before the activations, or act at once with "
+    "Regularise (L2ERMixin) or do so more, put LayerNorm before the activations, or act at once with "
     "on_alert=ReDo() or on_alert=ShrinkAndPerturb()"
 )
 
@@ -206,7 +206,8 @@ class PlasticityAlert(FewHooks):
 
     def _message(self, task: int, value: float, reference: float) -> str:
         early = f"the mean before task {self.from_task}"
-        name = {"best": "the best so far", "early": early, "fresh": "a fresh network"}[self.against]
+        best = f"the best so far, of task {self._task_of(reference)}"
+        name = {"best": best, "early": early, "fresh": "a fresh network"}[self.against]
         relation = "below" if self.bad == "low" else "above"
         done = [type(intervention).__name__ for intervention in self._interventions]
         action = f"Acting now: {', '.join(done)}." if done else f"{ADVICE}."
@@ -214,6 +215,9 @@ class PlasticityAlert(FewHooks):
             f"PlasticityAlert at the {self.phase} of task {task}: {self.measure} is {value:.4g}, {relation} "
             f"{self.fraction:g} of {name} ({reference:.4g}). {action}"
         )
+
+    def _task_of(self, value: float) -> int | None:
+        return next((task for task, seen in self.history.items() if seen == value), None)
 
     def _say_missing(self, values: dict[str, float]) -> None:
         """Once; a measurement that failed has had its warning from the monitor."""

@@ -170,7 +170,10 @@ class FeatureRankMonitor(BoundaryMonitor):
             key = f"plasticity/features/singular_values_log10/{tags[name]}"
             measurement.histograms[key] = (sigma, torch.ones_like(sigma))
         if not statistics:
-            measurement.failures["features"] = "No hidden layer was found; name some with layers=[...]."
+            measurement.failures["features"] = (
+                "No hidden layer was found: on the probe data the step ran none whose output a later weight reads. "
+                "Where it returns before its forward pass, give data=...; else name layers with layers=[...]."
+            )
         for name, own in found.items():
             for key, number in own.items():
                 measurement.values[f"plasticity/features/{key}/{tags[name]}"] = Estimate.exactly(number)

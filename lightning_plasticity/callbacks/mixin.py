@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import wraps
 from inspect import unwrap
 from typing import Any
@@ -121,6 +123,18 @@ class L2ERMixin(RegularizerMixin):
     rank_every_n_steps: int = 8
     rank_mode: RankMode = "separate"
     l2_strength: float = 1e-4
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Tell of settings that look misspelt: as class attributes they would go unnoticed."""
+        super().__init_subclass__(**kwargs)
+        known = L2ERMixin.__annotations__
+        for name in vars(cls):
+            if name not in known and (meant := get_close_matches(name, known, n=1, cutoff=0.85)):
+                warnings.warn(
+                    f"{cls.__name__}.{name} is no setting of L2ERMixin and changes nothing. Did you mean {meant[0]}? "
+                    f"The settings are: {', '.join(known)}.",
+                    stacklevel=2,
+                )
 
     def configure_regularizers(self) -> list[Regularizer]:
         """The effective-rank and L2 regularisers, with the strengths above."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 from lightning.pytorch import LightningModule, Trainer
 
@@ -19,6 +20,8 @@ from lightning_plasticity.callbacks.warn_once import WarnOnce
 __all__ = ["TaskTracker"]
 
 HOOK_ARGUMENTS = "(trainer, pl_module, task)"
+# Of each module the last tracker, and how many tasks it has counted.
+_followers: WeakKeyDictionary[LightningModule, tuple[ref[TaskTracker], int]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -251,9 +254,22 @@ class TaskTracker(FewHooks):
     def _start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, label: Any) -> None:
         state = self._state
         state.task += 1
+        if state.task == 0:
+            self._warn_if_followed_before(pl_module)
+        _followers[pl_module] = (ref(self), state.task + 1)
         state.in_task, state.new_task, state.label = True, False, label
         state.start_step, state.start_epochs = self.step, state.epochs
         self._call_with_batch("on_task_start", trainer, pl_module, batch)
+
+    def _warn_if_followed_before(self, pl_module: LightningModule) -> None:
+        tracker, tasks = _followers.get(pl_module, (None, 0))
+        if tracker is not None and tracker() is not self:
+            self._warn_once(
+                f"This {type(pl_module).__name__} has been followed through {tasks} task(s) by other callbacks; with "
+                "these ones tasks count from 0 again, so records of the same boundary replace each other, and an alert "
+                "sees no past. In a loop over tasks make the callbacks once, before the loop. In a new run nothing is "
+                "wrong."
+            )
 
     def _call_with_batch(self, hook: str, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         self.first_batch = batch

@@ -47,15 +47,20 @@ def run(arguments: argparse.Namespace) -> Found:
 
     import lightning_plasticity.callbacks
     import lightning_plasticity.streams  # noqa: F401  # named without their module, classes are found among those imported
+    from lightning_plasticity.loggers import log_directory
+    from lightning_plasticity.records import FILE_NAME
 
     words = ["--help"] if arguments.all_settings else arguments.rest
     with _command_line("fit", *words):
         try:
-            LightningCLI(save_config_kwargs={"overwrite": True})
+            trainer = LightningCLI(save_config_kwargs={"overwrite": True}).trainer
         except SystemExit as stop:
             if by_hand(stop):
                 raise Interrupted("training was stopped by hand") from None
             return stop.code if isinstance(stop.code, int) else FAILED if stop.code else OK, {}
+    directory = log_directory(trainer.loggers)
+    if directory is not None and (directory / FILE_NAME).exists() and trainer.is_global_zero:
+        print(f"What was measured is in {directory / FILE_NAME}; to see it: lightning-plasticity report {directory}")
     return OK, {}
 
 

@@ -100,7 +100,7 @@ def offer_report(directory: Path, tell: Callable[[str], object]) -> None:
         tell: called with one line of text.
     """
     if if_installed("plotly.offline") is None:
-        tell("For an HTML report of all this: pip install 'lightning-plasticity[report]'")
+        tell("For an HTML report of all this: pip install plotly")
         return
     try:
         tell(f"Report: {write_report(directory, directory / REPORT)}")

@@ -75,7 +75,7 @@ def test_it_warns_once_when_the_measure_falls_and_again_after_a_recovery():
     assert alert.alerted == [3, 4, 6]
     assert len(said) == 2
     assert "start of task 3" in said[0]
-    assert "is 17, below 0.9 of the best so far (20)" in said[0]
+    assert "is 17, below 0.9 of the best so far, of task 1 (20)" in said[0]
     assert "on_alert=" in said[0]
     assert "start of task 6" in said[1]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from typing import Any
 
 import lightning as L
@@ -323,3 +324,17 @@ def test_validate_test_and_predict_are_not_affected(kind: Any) -> None:
     predicted = [torch.cat(trainer().predict(net, data())) for net in (full, plain)]  # type: ignore[arg-type]
     assert torch.equal(*predicted)
     assert torch.equal(weights(full), weights(plain))
+
+
+def test_a_misspelt_setting_is_told() -> None:
+    with pytest.warns(UserWarning, match=r"Slip.rank_strenght is no setting.*Did you mean rank_strength\?"):
+
+        class Slip(L2ERMixin, Net):
+            rank_strenght = 1.0
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+
+        class Fine(L2ERMixin, Net):
+            rank_strength = 1.0
+            strength = 2.0  # its own

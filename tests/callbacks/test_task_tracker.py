@@ -48,6 +48,14 @@ def test_new_trainer_per_task() -> None:
     assert (tracker.task, tracker.step, tracker.in_task) == (2, 9, False)
 
 
+def test_trackers_made_anew_for_each_task_are_told() -> None:
+    net = Net()
+    make_trainer(TaskTracker()).fit(net, loader())
+    with pytest.warns(UserWarning, match=r"followed through 1 task\(s\) by other callbacks.*make the callbacks once"):
+        make_trainer(TaskTracker()).fit(net, loader())
+    make_trainer(TaskTracker()).fit(Net(), loader())  # another module: warnings are errors here
+
+
 def test_one_trainer_refitted() -> None:
     tracker, recorder = recorded(EveryFit())
     net, trainer = Net(), make_trainer(tracker, recorder)

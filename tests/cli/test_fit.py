@@ -23,7 +23,7 @@ def words(folder: Path) -> list[str]:
     return ["fit", "--config", str(folder / "fit.yaml"), *SHORT]
 
 
-def test_the_example_trains(tmp_path: Path) -> None:
+def test_the_example_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words(tmp_path)) == 0
     (directory,) = (tmp_path / "fit_out").glob("*/version_0")
     records = read_records(directory)
@@ -31,6 +31,7 @@ def test_the_example_trains(tmp_path: Path) -> None:
         (monitor, task, None) for task in (0, 1) for monitor in ("HessianSpectrumMonitor", "FeatureRankMonitor")
     ]
     assert "EffectiveRank" in (directory / "config.yaml").read_text()
+    assert f"to see it: lightning-plasticity report {directory}" in capsys.readouterr().out
 
 
 def test_what_is_wrong_is_an_error_of_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -164,5 +164,5 @@ def test_offer_never_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     offer_report(tmp_path, told.append)
     assert told[0].startswith("No HTML report: ReportError: No plasticity.jsonl")
     assert told[1] == f"Report: {tmp_path / 'report.html'}"
-    assert "pip install 'lightning-plasticity[report]'" in told[2]
+    assert "pip install plotly" in told[2]
     assert len(told) == 3

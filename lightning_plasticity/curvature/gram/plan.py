@@ -136,7 +136,8 @@ def _exact_plan(
     if samples == wanted.num_samples:
         return replace(wanted, row_bytes=row_bytes)
     why = budget.reason([f"{samples} of {total} samples"], memory)
-    return replace(wanted, num_samples=samples, row_bytes=row_bytes, cut=cut, why=why)
+    reason = f"{wanted.reason}; of these {samples} within the budget"
+    return replace(wanted, num_samples=samples, row_bytes=row_bytes, cut=cut, why=why, reason=reason)
 
 
 def _estimate_plan(
