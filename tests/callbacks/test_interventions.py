@@ -529,6 +529,7 @@ def test_outcome_of_a_fit_leaves_no_hooks_behind() -> None:
     assert not run.optimizers[0]._optimizer_step_post_hooks
 
 
+@pytest.mark.filterwarnings("ignore:.* followed through .* by other callbacks:UserWarning")  # another run
 def test_what_one_trainers_alert_brought_along_keeps_its_schedule_in_another() -> None:
     remedy = ShrinkAndPerturb(0.0, 0.0)
     alert = PlasticityAlert("plasticity/weights/norm", bad="high", fraction=100.0, on_alert=remedy)

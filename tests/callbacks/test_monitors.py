@@ -214,6 +214,7 @@ def test_given_probe_data(name: str) -> None:
     assert [record.settings["data"] for record in noting.records] == ["given", "given"]
 
 
+@pytest.mark.filterwarnings("ignore:.* followed through .* by other callbacks:UserWarning")  # they take turns
 @pytest.mark.parametrize("when", ["start", "end", ("start", "end")])
 def test_the_tasks_own_data_the_same_at_start_and_end(when: Any) -> None:
     noting, streaming = Noting(when=when), Noting(when=when)

@@ -254,3 +254,31 @@ def test_an_interrupted_measurement_says_nothing_of_the_next() -> None:
         monitor.records = records
         expected.append(monitor._expected(module, "start"))
     assert expected == [0.0, 0.0, 40.0]
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(1.5, []), (3.0, ["task 0 start: about 3 s"])])
+def test_what_took_long_before_shows_at_once(
+    seconds: float, shown: list[str], bar: Bar, screen: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shown_file, "watching", watching)
+    monitor = hessian(when="start")
+    monitor.records = [TaskRecord("HessianSpectrumMonitor", 0, "start", 0, seconds=seconds)]
+    fit([monitor, bar()])
+    assert measured_rows(screen) == shown
+
+
+def test_one_line_at_a_time_below_a_rich_bar(screen: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+
+    class Twice(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+            line = shown_file.line_below(trainer)
+            assert line is not None
+            line.show("first")
+            found.append(shown_file.line_below(trainer))
+            line.close()
+
+    monkeypatch.setattr(sys, "stdout", screen)
+    fit([Twice(), RichProgressBar(console_kwargs={"file": screen, "force_terminal": True, "width": 120})])
+    assert found
+    assert set(found) == {None}
