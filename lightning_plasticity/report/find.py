@@ -138,9 +138,9 @@ def _read(directory: Path, group: str, name: str) -> Run:
     if replaced := _replaced(records):
         problems.append(
             f"{directory / FILE_NAME}: {replaced} record(s) were replaced by later ones of the same task and phase, "
-            "made at another step or after the steps had begun anew; the later ones are shown. Callbacks that are made anew "
-            "for each task count tasks from 0 each time: make them once and use them in all fits, or give each fit its "
-            "own directory."
+            "made at another step or after the steps had begun anew; the later ones are shown. Callbacks that are made "
+            "anew for each task count tasks from 0 each time: make them once and use them in all fits, or give each "
+            "fit its own directory."
         )
     return Run(group, name, directory, latest(records), problems=problems)
 

@@ -25,7 +25,7 @@ def write(directory: Path, matrix: str, counts: dict[str, list[Count]], about: d
             found = course[task]
             one = Estimate(math.nan, *found) if isinstance(found, tuple) else Estimate.exactly(found)
             values[f"plasticity/{matrix}/eps_rank_{eps}"] = one
-        append_record(directory, TaskRecord("M", task, "start", 10 * task, values, {matrix: about}))
+        append_record(directory, TaskRecord(matrix, task, "start", 10 * task, values, {matrix: about}))
     return directory
 
 
@@ -33,12 +33,9 @@ def text_of(directory: Path) -> str:
     return Seen(write_report(directory, directory / "report.html")).text
 
 
-@pytest.mark.parametrize(
-    ("matrix", "about"),
-    [("ggn", {"num_params": 999, "rows": 320}), ("ggn", {"num_params": 320, "rows": 500})],
-)
-def test_a_count_at_its_cap_is_not_health(tmp_path: Path, matrix: str, about: dict[str, int]) -> None:
-    text = text_of(write(tmp_path, matrix, {"0.01": [300, 320]}, about))
+@pytest.mark.parametrize("about", [{"num_params": 999, "rows": 320}, {"num_params": 320, "rows": 500}])
+def test_a_count_at_its_cap_is_not_health(tmp_path: Path, about: dict[str, int]) -> None:
+    text = text_of(write(tmp_path, "ggn", {"0.01": [300, 320]}, about))
     assert (
         "at its cap (320), so it cannot show more: look at a larger eps, or measure more samples320320highest" in text
     )
@@ -53,9 +50,7 @@ def test_more_samples_do_not_lift_the_hessians_cap(tmp_path: Path) -> None:
 def test_a_count_below_its_cap_has_its_ratio(tmp_path: Path) -> None:
     text = text_of(write(tmp_path, "ggn", {"0.01": [319, 319]}, {"num_params": 999, "rows": 320}))
     assert "100%" in text
-    assert "cap" not in text.partition("What could not be measured")[0].partition("Curvature: counts")[0].replace(
-        "escape", ""
-    )
+    assert "its cap (" not in text
 
 
 def test_the_next_larger_eps_that_is_not_at_its_cap_is_shown_instead(tmp_path: Path) -> None:
@@ -74,7 +69,6 @@ def test_the_next_larger_eps_that_is_not_at_its_cap_is_shown_instead(tmp_path: P
 
 def test_one_seed_at_its_cap_is_told(tmp_path: Path) -> None:
     for seed, last in enumerate((320.0, 100.0)):
-        write(tmp_path / "plain" / f"seed{seed}", "ntk", {"0.01": [200, last]}, {"num_params": 999, "rows": 320})
         write(tmp_path / "plain" / f"seed{seed}", "ggn", {"0.01": [200, last]}, {"num_params": 999, "rows": 320})
     text = text_of(tmp_path)
     assert "at its cap (320) in 1 of 2 runs" in text
