@@ -124,6 +124,11 @@ def _last(fact: Fact | None) -> str:
     return f"{_value(fact.last)}{share}{mark}{note}"
 
 
+def _cell(ends: Ends, note: str = "") -> str:
+    kind = "" if ends[0] == ends[1] else ' class="interval"'
+    return f"<td{kind}>{_value(ends, note)}</td>"
+
+
 def _value(ends: Ends, note: str = "") -> str:
     """A number with a note below it; where only an interval is known, the note says so."""
     note = ", ".join(filter(None, (note, "not resolved closer" if ends[0] != ends[1] else "")))
@@ -139,8 +144,7 @@ def _card(card: Mapping[str, Any]) -> str:
         share = "" if math.isnan(fact.share) else f"{fact.share:.0%}"
         rows += (
             f'<tr><th scope="row">{escape(fact.name)}<span class="note">{escape(fact.says)}</span>{warning}</th>'
-            f"<td>{sparkline(fact.course)}</td><td>{_value(fact.last)}</td>"
-            f"<td>{_value(fact.best, fact.best_is)}</td><td>{share}</td></tr>"
+            f"<td>{sparkline(fact.course)}</td>{_cell(fact.last)}{_cell(fact.best, fact.best_is)}<td>{share}</td></tr>"
         )
     heads = "".join(f'<th scope="col">{head}</th>' for head in ("over tasks", "last", "best so far", "last / best"))
     table = (
