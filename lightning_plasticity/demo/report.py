@@ -11,7 +11,7 @@ from lightning_plasticity.demo.train import run_directory
 from lightning_plasticity.loggers import draw_spectra
 from lightning_plasticity.records import read_records
 
-COLOURS = {"plain": "#c0392b", "l2er": "#1f6fb2"}
+COLOURS = {"plain": "#0b62a4", "l2er": "#c2410c"}  # the HTML report's first two on white, report/assets/figures.js
 NAMES = {"plain": "plain", "l2er": "L2-ER"}
 PANELS = (
     ("online_accuracy", "online accuracy", "linear"),

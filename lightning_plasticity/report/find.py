@@ -135,7 +135,35 @@ def _read(directory: Path, group: str, name: str) -> Run:
             bad += 1
     if bad:
         problems.append(f"{directory / FILE_NAME}: {bad} line(s) are no records of this package and were left out.")
+    if replaced := _replaced(records):
+        problems.append(
+            f"{directory / FILE_NAME}: {replaced} record(s) were replaced by later ones of the same task and phase, "
+            "made at another step or after the steps had begun anew; the later ones are shown. Callbacks that are made "
+            "anew for each task count tasks from 0 each time: make them once and use them in all fits, or give each "
+            "fit its own directory."
+        )
     return Run(group, name, directory, latest(records), problems=problems)
+
+
+def _replaced(records: Sequence[TaskRecord]) -> int:
+    """How many records another run of the same monitors took the place of.
+
+    A run that was resumed from a checkpoint measures boundaries again, too, but at the same steps, and not the first
+    boundary once it has been past it.
+    """
+    steps: dict[tuple[str, str], dict[tuple[int, str], int]] = {}  # of each monitor, by boundary
+    begun_anew: set[tuple[str, str]] = set()
+    count = 0
+    for record in records:
+        monitor, boundary = (record.monitor, str(record.settings.get("identity"))), (record.task, record.phase)
+        known = steps.setdefault(monitor, {})
+        if boundary in known:
+            first = boundary == next(iter(known))
+            if record.step != known[boundary] or (first and record.step < max(known.values())):
+                begun_anew.add(monitor)
+            count += monitor in begun_anew
+        known[boundary] = record.step
+    return count
 
 
 def _record(plain: Mapping[str, Any]) -> TaskRecord:

@@ -9,7 +9,7 @@ from html import escape
 from importlib.resources import files
 from typing import Any
 
-from lightning_plasticity.report.health import Fact
+from lightning_plasticity.report.health import Ends, Fact, spell
 from lightning_plasticity.report.sections import ALERTS, LOGGED, SECTIONS, SPECTRA, Section
 
 TITLE = "Plasticity report"
@@ -120,20 +120,31 @@ def _last(fact: Fact | None) -> str:
         return "&ndash;"
     share = "" if math.isnan(fact.share) else f'<span class="note">{fact.share:.0%}</span>'
     mark = f'<span class="note warn">{MARK} {escape(fact.below)}</span>' if fact.below else ""
-    return f"{fact.last:.4g}{share}{mark}"
+    note = f'<span class="note">{escape(fact.caution)}</span>' if fact.caution else ""
+    return f"{_value(fact.last)}{share}{mark}{note}"
+
+
+def _cell(ends: Ends, note: str = "") -> str:
+    kind = "" if ends[0] == ends[1] else ' class="interval"'
+    return f"<td{kind}>{_value(ends, note)}</td>"
+
+
+def _value(ends: Ends, note: str = "") -> str:
+    """A number with a note below it; where only an interval is known, the note says so."""
+    note = ", ".join(filter(None, (note, "not resolved closer" if ends[0] != ends[1] else "")))
+    return escape(spell(ends)) + (f'<span class="note">{escape(note)}</span>' if note else "")
 
 
 def _card(card: Mapping[str, Any]) -> str:
     facts: Sequence[Fact] = card["facts"]
     rows = ""
     for fact in facts:
-        warned = " ".join(filter(None, (fact.below, fact.caution)))
-        warning = f'<span class="note warn">{MARK} {escape(warned)}</span>' if warned else ""
+        warning = f'<span class="note warn">{MARK} {escape(fact.below)}</span>' if fact.below else ""
+        warning += f'<span class="note">{escape(fact.caution)}</span>' if fact.caution else ""
         share = "" if math.isnan(fact.share) else f"{fact.share:.0%}"
         rows += (
             f'<tr><th scope="row">{escape(fact.name)}<span class="note">{escape(fact.says)}</span>{warning}</th>'
-            f"<td>{sparkline(fact.course)}</td><td>{fact.last:.4g}</td>"
-            f'<td>{fact.best:.4g}<span class="note">{escape(fact.best_is)}</span></td><td>{share}</td></tr>'
+            f"<td>{sparkline(fact.course)}</td>{_cell(fact.last)}{_cell(fact.best, fact.best_is)}<td>{share}</td></tr>"
         )
     heads = "".join(f'<th scope="col">{head}</th>' for head in ("over tasks", "last", "best so far", "last / best"))
     table = (

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_plasticity.report.series import Line, natural
 
+CAP_IN_SIGHT = 10  # times the highest count; a cap above would press the counts to the ground
 MATRICES = {"ggn": "GGN", "hessian": "Hessian", "ntk": "NTK"}
 
 
@@ -57,11 +58,12 @@ SECTIONS = (
         "eps-rank: the number of eigenvalues with magnitude above eps, measured on the new task's data; few of them "
         "leave gradient descent few directions. Relative eps is a multiple of the largest eigenvalue. Effective "
         "rank: exp of the entropy of the magnitudes. A vertical bar without a marker is a count of which only an "
-        "interval is known.",
+        "interval is known. Dotted grey: what no count can exceed, where all that is shown has the same.",
         "A fresh network has small outputs and only a handful of eigenvalues above 0.01, and learns well: compare "
         "with the second task, or use relative eps. An over-confident network has a vanishing GGN while its Hessian "
         "does not. Counts depend on the number of samples: for C classes the GGN has at most N (C - 1) nonzero "
-        "eigenvalues. Absolute eps changes when weights are rescaled without changing the function. In our studies "
+        "eigenvalues, and a count at this cap says nothing: look at a larger eps. Absolute eps changes when weights "
+        "are rescaled without changing the function. In our studies "
         "accuracy fell before the count above 0.01 did on two streams of three.",
     ),
     Section(
@@ -184,6 +186,13 @@ def _option(key: str, measures: Mapping[str, Sequence[Line]]) -> dict[str, Any]:
     cap = re.sub(r"^features/\w+", "features/max_rank", key)
     if re.match(r"features/\w*rank", key) and cap != key and cap in measures:
         option["cap"] = [line.to_plain() for line in measures[cap]]
+    highest = max(
+        (x for line in lines for x in (*line["value"], *line.get("upper", [])) if isinstance(x, int | float)), default=0
+    )
+    caps = [line.caps_to_plain() for line in measures[key]]
+    sizes = [x for line in caps for x in line["value"] if x is not None]
+    if sizes and min(sizes) <= CAP_IN_SIGHT * highest:
+        option["common_cap"] = caps
     return option
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 from scipy import stats
 
 from lightning_plasticity.linalg import Estimate
+from lightning_plasticity.report.caps import Caps, cap_of
 from lightning_plasticity.report.find import Run
 from lightning_plasticity.report.metrics import task_means
 
@@ -29,11 +30,13 @@ class Line:
         group: a method or a run.
         variant: what else tells lines apart: the end of a task, a fresh network, a monitor's name; ``""`` for none.
         runs: by run its values over tasks, none of them empty.
+        caps: by run what its counts of eigenvalues cannot exceed, where the records tell.
     """
 
     group: str
     variant: str
     runs: Mapping[str, Points]
+    caps: Mapping[str, Caps] = field(default_factory=dict)
 
     def to_plain(self) -> dict[str, Any]:
         """For JSON: tasks, values and the ends of intervals; of several runs means, 95 % bands and how many."""
@@ -57,6 +60,16 @@ class Line:
         )
         return plain | {"value": values} | ({} if exact else {"lower": lower, "upper": upper})
 
+    def caps_to_plain(self) -> dict[str, Any]:
+        """For JSON: by task the cap that all runs agree on, None where they do not."""
+        tasks = sorted({task for points in self.runs.values() for task in points})
+        agreed = [
+            {self.caps.get(name, {}).get(task) for name, points in self.runs.items() if task in points}
+            for task in tasks
+        ]
+        values = [next(iter(caps)) if len(caps) == 1 else None for caps in agreed]
+        return {"group": self.group, "tasks": tasks, "value": [None if x is None else to_json(x) for x in values]}
+
 
 def band(runs: Mapping[int, Sequence[float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean over seeds with the ends of its 95 % interval of Student's t, each (tasks,).
@@ -76,14 +89,27 @@ def band(runs: Mapping[int, Sequence[float]]) -> tuple[np.ndarray, np.ndarray, n
 
 def lines_by_measure(runs: Sequence[Run]) -> dict[str, list[Line]]:
     """By measure (``ggn/eps_rank_0.01``, ``features/srank/net.1``, ``online_accuracy``) a line for each group."""
-    found: dict[str, dict[tuple[str, str], dict[str, Points]]] = {}
+    found: dict[str, dict[tuple[str, str], tuple[dict[str, Points], dict[str, Caps]]]] = {}
     for run in runs:
+        caps = _caps_of(run)
         for (measure, variant), points in points_of(run).items():
-            found.setdefault(measure, {}).setdefault((run.group, variant), {})[run.name] = points
+            of_runs, of_caps = found.setdefault(measure, {}).setdefault((run.group, variant), ({}, {}))
+            of_runs[run.name] = points
+            of_caps[run.name] = caps.get((measure, variant), {})
     return {
-        measure: [Line(group, variant, of_runs) for (group, variant), of_runs in lines.items()]
+        measure: [Line(group, variant, *both) for (group, variant), both in lines.items()]
         for measure, lines in found.items()
     }
+
+
+def _caps_of(run: Run) -> dict[tuple[str, str], Caps]:
+    found: dict[tuple[str, str], Caps] = {}
+    for record in run.records:
+        for key in record.values:
+            place = parse(key, record.phase)
+            if (cap := cap_of(record, place[0])) is not None:
+                found.setdefault(place, {})[record.task] = cap
+    return found
 
 
 def points_of(run: Run) -> dict[tuple[str, str], Points]:

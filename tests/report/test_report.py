@@ -105,10 +105,8 @@ def test_a_value_of_an_earlier_task_is_not_taken_for_the_last(tmp_path: Path) ->
         values = '{"plasticity/hessian/eps_rank_0.01": ["nan", 1, 9], "plasticity/weights/norm": [9, 9, 9]}'
         file.write(f'{{"monitor": "HessianSpectrumMonitor", "task": 4, "phase": "start", "values": {values}}}\n')
     text = Seen(write_report(tmp_path, tmp_path)).text
-    assert (
-        "\u25bc last is task 3: no value since, only intervals or nothing1720highest, task\xa00srank: mean over layers"
-        in text
-    )  # and no 85 %
+    assert "the same of the whole Hessian1 to 9not resolved closer20highest, task\xa00srank: mean over" in text
+    assert "\u25bc below 0.946 of its bestlast is task 3: no value since69highest, task\xa00dead units" in text
 
 
 def test_page_can_be_walked_without_a_mouse(study: Path) -> None:

@@ -109,6 +109,18 @@
   const variants = (lines) => [...new Set(lines.map((line) => line.variant))];
   const shown = (lines) => lines.filter((line) => !hidden.has(line.group));
 
+  const capStyle = () => ({ mode: "lines", line: { color: INK[theme()][3], width: 1.5, dash: "dot" }, hovertemplate: "task %{x}: cap %{y:.4~g}" });
+
+  // At the tasks where all that is shown has one cap.
+  function commonCap(lines) {
+    const x = [...new Set(lines.flatMap((line) => line.tasks))].sort((a, b) => a - b);
+    const y = x.map((task) => {
+      const found = new Set(lines.filter((line) => line.tasks.includes(task)).map((line) => line.value[line.tasks.indexOf(task)]));
+      return found.size === 1 ? [...found][0] : null;
+    });
+    return y.some(known) ? [{ x, y, ...capStyle(), name: "cap" }] : [];
+  }
+
   function drawOption(place, option) {
     const lines = shown(option.lines);
     const of = variants(option.lines);
@@ -116,10 +128,9 @@
     const plan = layout(option.label, option.log);
     if (marks.length) plan.yaxis2 = { overlaying: "y", range: [0, 1], visible: false, fixedrange: true };
     const caps = shown(option.cap || []).map((line) => ({
-      x: tasks(line), y: line.value, mode: "lines", name: text(full(line)), line: { color: INK[theme()][3], width: 1.5, dash: "dot" },
-      hovertemplate: "task %{x}: cap %{y:.4~g}",
+      x: tasks(line), y: line.value, name: text(full(line)), ...capStyle(),
     }));
-    plot(place, [...caps, ...lines.flatMap((line) => traces(line, of.indexOf(line.variant))), ...marks], plan, option.label);
+    plot(place, [...caps, ...commonCap(shown(option.common_cap || [])), ...lines.flatMap((line) => traces(line, of.indexOf(line.variant))), ...marks], plan, option.label);
     legend(place, lines, of);
   }
 
