@@ -14,7 +14,7 @@ from lightning_plasticity.report.sections import label
 from lightning_plasticity.report.series import Line, Points
 
 # Shares of a run's best below which PlasticityAlert would sound, with what they were worth: docs/studies/prediction.md.
-THRESHOLDS = {r"features/srank": 0.946, r"online_[^/]+|logged/(?=.*train)(?=.*acc).*": 0.87}
+THRESHOLDS = {r"features/srank": 0.946, r"online_[^/]*acc[^/]*|logged/(?=.*train)(?=.*acc).*": 0.87}
 Best = Literal["highest", "lowest", "first"]
 LOW = r"(?i:.*(loss|error|perplexity).*)"
 # Pattern of the measure, which of its values is best so far (the first where neither end is), and what it says.

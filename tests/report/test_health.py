@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from pathlib import Path
@@ -136,3 +137,14 @@ def test_the_demos_picture_has_the_colours_of_the_report() -> None:
     assert light
     assert list(COLOURS) == ["plain", "l2er"]
     assert list(COLOURS.values()) == re.findall(r"#\w{6}", light[1])[:2]
+
+
+@pytest.mark.parametrize(
+    ("metric", "last", "judged"),
+    [("accuracy", 0.86, True), ("accuracy", 0.88, False), ("top1_acc", 0.86, True), ("reward", 0.5, False)],
+)
+def test_the_threshold_is_one_of_accuracy(metric: str, last: float, judged: bool, tmp_path: Path) -> None:
+    rows = [{"method": "plain", "seed": 0, "task": task, f"online_{metric}": x} for task, x in enumerate((1.0, last))]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    text = text_of(tmp_path)
+    assert ("below 0.87 of its best." in text) == judged
