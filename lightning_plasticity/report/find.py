@@ -36,6 +36,7 @@ class Run:
         problems: what could not be read, or why the run itself failed.
         settings: of a study's unit; empty elsewhere.
         logged: by name what its loggers wrote, each (points, 3): task, step, value.
+        others: names of what they wrote besides.
     """
 
     group: str
@@ -46,6 +47,7 @@ class Run:
     problems: list[str] = field(default_factory=list)
     settings: Mapping[str, Any] = field(default_factory=dict)
     logged: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
 
 
 def find_runs(directories: Sequence[Path]) -> list[Run]:

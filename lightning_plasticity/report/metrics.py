@@ -14,6 +14,7 @@ import numpy as np
 from lightning_plasticity.records import FILE_NAME, TaskRecord
 
 NAMED = re.compile(r"(?i:(?<![a-z])(acc|accuracy|return|reward|f1|auroc|loss|error|perplexity)(?![a-z]))")
+NEW_WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # in BinaryF1Score, valLoss, MSELoss
 LOW_IS_GOOD = re.compile(r"loss|error|perplexity", re.I)
 OWN = "plasticity/"  # keys of the monitors, which are in the records already
 TASK = "plasticity/task"
@@ -25,8 +26,8 @@ Row = tuple[int, dict[str, float]]  # step, and what was logged at it
 
 def read_metrics(
     directory: Path, records: Sequence[TaskRecord], names: Sequence[str] = ()
-) -> tuple[dict[str, np.ndarray[Any, Any]], list[str]]:
-    """Series by name, each (points, 3): task, cumulative step, value; and what could not be read.
+) -> tuple[dict[str, np.ndarray[Any, Any]], list[str], list[str]]:
+    """Series by name, each (points, 3): task, cumulative step, value; names of what else is logged; and problems.
 
     ``metrics.csv`` (CSVLogger) and event files (TensorBoard) in the directory, or below it, or, where there are none,
     in the directory above. A task's rows are those after the monitors' own row that tells the task; without such rows
@@ -41,6 +42,7 @@ def read_metrics(
     for record in records:
         starts[record.task] = min(record.step, starts.get(record.task, record.step))
     found: dict[str, dict[int, tuple[int, float]]] = {}
+    others: set[str] = set()
     problems: list[str] = []
     for files, read in ((_near(directory, "metrics.csv"), _csv), (_near(directory, "*tfevents*"), _events)):
         known = set(found)  # one logger is enough for a series
@@ -55,8 +57,11 @@ def read_metrics(
                     elif not marked:
                         task = max((k for k, start in starts.items() if start <= step), default=task)
                     for name, value in values.items():
-                        wanted = name in names if names else NAMED.search(name) and not name.startswith(OWN)
-                        if wanted and name not in known:
+                        if name.startswith(OWN) and name not in names:
+                            continue
+                        if not (name in names if names else _is_named(name)):
+                            others.add(name)
+                        elif name not in known:
                             moved = moved or step < starts.get(task, 0)
                             found.setdefault(name, {})[step + moved * starts.get(task, 0)] = (task, value)
             except Exception as error:  # half a file, or one of another program
@@ -67,7 +72,8 @@ def read_metrics(
         problems.append(
             f"{directory}: {len(order)} series are logged; shown are {MAX_SERIES}. Name others by --metric."
         )
-    return dict(list(series.items())[:MAX_SERIES]), problems
+    rest = sorted(others, key=lambda name: (not _is_named(name), name))
+    return dict(list(series.items())[:MAX_SERIES]), rest, problems
 
 
 def task_means(series: np.ndarray[Any, Any]) -> dict[int, float]:
@@ -82,6 +88,11 @@ def thinned(series: np.ndarray[Any, Any]) -> tuple[list[float], list[float]]:
     if len(finite) > MAX_POINTS:
         finite = np.array([part.mean(0) for part in np.array_split(finite, MAX_POINTS)])
     return [round(float(x), 1) for x in finite[:, 1]], [float(f"{x:.6g}") for x in finite[:, 2]]
+
+
+def _is_named(name: str) -> bool:
+    """Whether a series is named for an accuracy, a return or a loss: val_acc, trainLoss, MulticlassAccuracy."""
+    return bool(NAMED.search(NEW_WORD.sub("_", name)))
 
 
 def _order(name: str) -> tuple[bool, bool, str]:

@@ -126,6 +126,32 @@ def test_a_metric_is_asked_for_by_name(tmp_path: Path, capsys: pytest.CaptureFix
     assert "val_acc" in capsys.readouterr().err
 
 
+LOGGED = (  # the names of torchmetrics are those of a MetricCollection
+    "val_MulticlassAccuracy", "MulticlassAccuracy", "BinaryF1Score", "MulticlassAUROC", "MeanSquaredError", "trainAcc",
+    "trainACC", "valLoss", "trainLoss", "MSELoss", "val/acc", "acc1", "Episode_Reward", "train_loss_epoch",
+)  # fmt: skip
+NOT_LOGGED = ("epoch", "lr-SGD", "accumulated", "Blossom", "isAccurate", "Accelerator", "glossary", "R2Score")
+
+
+def test_names_of_accuracies_and_losses_are_known(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write_csv(run / "metrics.csv", [{"step": 1, **dict.fromkeys(LOGGED + NOT_LOGGED, 0.5)}])
+    page = write_report(run, tmp_path / "r.html")
+    assert {one["label"] for one in data_of(page)["logged"]} == set(LOGGED)
+    assert "Accuracy is not known" not in Seen(page).text
+
+
+def test_names_that_say_nothing_are_listed(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    assert "no metrics.csv and no TensorBoard file" in Seen(write_report(run, tmp_path / "r.html")).text
+    write_csv(run / "metrics.csv", [{"step": 1, "score": 0.5, "lr": 0.1, "plasticity/task": 0}])
+    text = Seen(write_report(run, tmp_path / "r.html")).text
+    assert "is named for an accuracy, return or loss (lr, score); show any by --metric NAME." in text
+    assert "no metrics.csv" not in text
+    with pytest.raises(ReportError, match=r"There are, among others: lr, score$"):
+        write_report(run, tmp_path / "r.html", metrics=["acc"])
+
+
 def test_files_above_and_below_the_records(tmp_path: Path) -> None:
     rows = [{"step": step, "acc": 1.0} for step in range(40)]
     above = write_run(tmp_path / "a" / "records")
