@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from lightning_plasticity.records import FILE_NAME, TaskRecord
+from lightning_plasticity.report.find import LARGEST
 
 NAMED = re.compile(r"(?i:(?<![a-z])(acc|accuracy|return|reward|f1|auroc|loss|error|perplexity)(?![a-z]))")
 NEW_WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # in BinaryF1Score, valLoss, MSELoss
@@ -51,7 +52,7 @@ def read_metrics(
             marked = moved = False
             try:
                 for step, values in read(file):
-                    if math.isfinite(marker := values.get(TASK, math.nan)):
+                    if abs(marker := values.get(TASK, math.nan)) <= LARGEST:
                         moved = moved and int(marker) == task
                         task, marked = int(marker), True
                     elif not marked:
@@ -116,11 +117,16 @@ def _csv(file: Path) -> Iterator[Row]:
     """The rows of CSVLogger's file; a last one cut short has fewer cells or half a number, and is left out."""
     text = file.read_text(encoding="utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]
+    wrong = 0
     for row in csv.DictReader(whole.splitlines()):
         step = _number(row.pop("step", None))
         values = {name: _number(x) for name, x in row.items() if name and isinstance(x, str) and x.strip()}
-        if math.isfinite(step):
+        if abs(step) <= LARGEST:
             yield int(step), values
+        else:
+            wrong += math.isfinite(step)  # others are rows without a step
+    if wrong:
+        raise ValueError(f"{wrong} row(s) are at a step that no run reaches")
     if whole != text:
         raise ValueError("its last line was cut short")
 
