@@ -47,9 +47,11 @@ def read_metrics(
     problems: list[str] = []
     for files, read in ((_near(directory, "metrics.csv"), _csv), (_near(directory, "*tfevents*"), _events)):
         known = set(found)  # one logger is enough for a series
+        newest: dict[str, int] = {}
         task = min(starts, default=0)
         for file in files:
             marked = moved = False
+            back = ""
             try:
                 for step, values in read(file):
                     if abs(marker := values.get(TASK, math.nan)) <= LARGEST:
@@ -63,12 +65,21 @@ def read_metrics(
                         if not (name in names if names else _is_named(name)):
                             others.add(name)
                         elif name not in known:
+                            if step < newest.get(name, step) and not marked and len(starts) > 1:
+                                back = back or f"{name} goes back from step {newest[name]} to {step}"
+                            newest[name] = step
                             moved = moved or step < starts.get(task, 0)
                             found.setdefault(name, {})[step + moved * starts.get(task, 0)] = (task, value)
             except Exception as error:  # half a file, or one of another program
                 problems.append(f"{file} could be read in part at most ({type(error).__name__}: {str(error)[:150]}).")
+            if back:
+                problems.append(
+                    f"{file}: {back}, and no row of {TASK} tells the task, so values may be at the wrong one; of one "
+                    "step the last counts. That is right for a resumed run, but a Trainer made anew for each task "
+                    "counts from 0 again: let it have the logger that the monitors write to."
+                )
     order = sorted(found, key=_order)
-    series = {name: np.array([(task, at, x) for at, (task, x) in sorted(found[name].items())]) for name in order}
+    series = {name: np.array([(task, at, x) for at, (task, x) in sorted(found[name].items())], float) for name in order}
     if len(order) > MAX_SERIES:
         problems.append(
             f"{directory}: {len(order)} series are logged; shown are {MAX_SERIES}. Name others by --metric."

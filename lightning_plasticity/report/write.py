@@ -89,7 +89,8 @@ def write_report(directories: Directory | Sequence[Directory], out: Directory, *
     file = Path(out)
     file = file / REPORT if file.is_dir() else file
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page(data, parts, plotly_js), encoding="utf-8")
+    # Names that are no text in this locale hold halves of characters, which no file can.
+    file.write_text(page(data, parts, plotly_js), encoding="utf-8", errors="replace")
     return file
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +208,18 @@ def test_a_search_ends_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("lightning_plasticity.report.search.MAX_DIRECTORIES", 1)
     with pytest.raises(ReportError, match=r"stopped after the nearest 1 directories\. Pass"):
         report(tmp_path)
+
+
+def test_names_that_the_locale_cannot_spell(tmp_path: Path) -> None:
+    write_run(tmp_path / "größe")
+    os.mkdir(os.fsencode(tmp_path) + b"/\xff")  # no UTF-8 at all
+    (tmp_path / "größe" / "plasticity.jsonl").rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff/plasticity.jsonl"))
+    write_run(tmp_path / "größe" / "version_0")
+    command = [sys.executable, "-m", "lightning_plasticity.cli", "report", str(tmp_path), "--out", str(tmp_path)]
+    plain = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, env=os.environ | plain, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(data_of(tmp_path / "report.html")["groups"]) == 2
 
 
 def test_embedded_json_cannot_end_its_script() -> None:

@@ -189,3 +189,19 @@ def test_a_resumed_run_counts_what_it_logged_last(tmp_path: Path) -> None:
     write_csv(run / "metrics.csv", [{"step": step, "acc": float(k >= 16)} for k, step in enumerate(steps)])
     data = data_of(write_report(run, tmp_path / "r.html"))
     assert option_of(data, "logged/acc")["lines"][0]["value"] == [0.0, 0.8, 1.0, 1.0]
+
+
+def test_steps_that_begin_anew_without_a_task_are_told(tmp_path: Path) -> None:
+    rows = [{"step": step, "acc": task, "plasticity/task": task} for task in (0, 1) for step in (5, 9)]
+    for name, kept in (("told", ("step", "acc", "plasticity/task")), ("untold", ("step", "acc"))):
+        run = write_run(tmp_path / name, num_tasks=2)
+        write_csv(run / "metrics.csv", [{key: row[key] for key in kept} for row in rows])
+    data, text = data_of(page := write_report(tmp_path, tmp_path / "r.html")), Seen(page).text
+    told, untold = option_of(data, "logged/acc")["lines"]
+    assert (told["tasks"], told["value"]) == ([0, 1], [0, 1])
+    assert untold["tasks"] == [0]  # both tasks' steps lie before step 10, where task 1 begins
+    assert "untold/metrics.csv: acc goes back from step 9 to 5, and no row of plasticity/task tells the task" in text
+    assert text.count("goes back") == 1
+    run = write_run(tmp_path / "single", num_tasks=1)  # there is but one task to be at
+    write_csv(run / "metrics.csv", [{"step": row["step"], "acc": 1} for row in rows])
+    assert "goes back" not in Seen(write_report(run, tmp_path / "r.html")).text
