@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -205,3 +206,39 @@ def test_steps_that_begin_anew_without_a_task_are_told(tmp_path: Path) -> None:
     run = write_run(tmp_path / "single", num_tasks=1)  # there is but one task to be at
     write_csv(run / "metrics.csv", [{"step": row["step"], "acc": 1} for row in rows])
     assert "goes back" not in Seen(write_report(run, tmp_path / "r.html")).text
+
+
+def test_a_task_that_is_marked_twice_stays_moved(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_tasks=2)  # task 1 begins at step 10
+    mark, value = {"acc": "", "plasticity/task": 1}, {"acc": 0.5, "plasticity/task": ""}
+    rows = [{"step": 10, **mark}, {"step": 4, **value}, {"step": 15, **mark}, {"step": 12, **value}]  # 0 at its start
+    write_csv(run / "metrics.csv", rows)
+    (series,) = data_of(write_report(run, tmp_path / "r.html"))["logged"]
+    assert series["lines"][0]["steps"] == [14, 22]
+
+
+def test_accuracies_come_first_and_single_steps_after_means(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    names = ["a_loss_step", "b_loss", "c_acc_step", "d_acc"]
+    write_csv(run / "metrics.csv", [{"step": 1, **dict.fromkeys(names, 0.5)}])
+    data = data_of(write_report(run, tmp_path / "r.html"))
+    assert [one["label"] for one in data["logged"]] == ["d_acc", "c_acc_step", "b_loss", "a_loss_step"]
+
+
+def test_of_very_many_series_the_first_are_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    names = [f"acc{k:02}" for k in range(45)]
+    write_csv(run / "metrics.csv", [{"step": 1, **dict.fromkeys(names, 0.5)}])
+    page = write_report(run, tmp_path / "r.html")
+    assert [one["label"] for one in data_of(page)["logged"]] == names[:40]
+    assert "45 series are logged; shown are 40. Name others by --metric." in Seen(page).text
+
+
+def test_long_series_are_drawn_as_means_of_neighbours(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    values = [(7 * step) % 11 for step in range(1800)]
+    write_csv(run / "metrics.csv", [{"step": step, "acc": value} for step, value in enumerate(values)])
+    (series,) = data_of(write_report(run, tmp_path / "r.html"))["logged"]
+    assert series["lines"][0]["steps"] == list(range(1, 1800, 3))
+    means = [statistics.fmean(values[at : at + 3]) for at in range(0, 1800, 3)]
+    assert series["lines"][0]["value"] == pytest.approx(means, rel=1e-5)
