@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from lightning_plasticity.records import FILE_NAME, TaskRecord, latest
+from lightning_plasticity.report.search import search
 
-MAX_RUNS = 500  # of one report; a mistaken directory such as / must not be searched to its end
 SEED = re.compile(r"seed_?(\d+)")
 NOT_MEASURES = ("method", "seed", "task")
+LARGEST = 2**53  # of a step or a task; no run has more, and floats cannot tell them apart
 
 
 class ReportError(ValueError):
@@ -36,6 +37,7 @@ class Run:
         problems: what could not be read, or why the run itself failed.
         settings: of a study's unit; empty elsewhere.
         logged: by name what its loggers wrote, each (points, 3): task, step, value.
+        others: names of what they wrote besides.
     """
 
     group: str
@@ -46,6 +48,7 @@ class Run:
     problems: list[str] = field(default_factory=list)
     settings: Mapping[str, Any] = field(default_factory=dict)
     logged: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
 
 
 def find_runs(directories: Sequence[Path]) -> list[Run]:
@@ -62,13 +65,16 @@ def find_runs(directories: Sequence[Path]) -> list[Run]:
                 "--out directory of a study or a demo."
             )
         root = directory.parent if directory.is_file() else directory
-        found = _study(root) or _logs(root)
+        found, left_out = _study(root), ""
+        if not found:
+            found, left_out = _logs(root)
         if not found:
             raise ReportError(
-                f"No {FILE_NAME} and no results.jsonl in {directory}, nor below it; expected what a monitor "
+                f"No {FILE_NAME} and no results.jsonl of a study in {directory}, nor below it; expected what a monitor "
                 "(HessianSpectrumMonitor, FeatureRankMonitor, ...) writes to a run's log directory. Give the Trainer a "
-                "logger, or the monitors save_dir=, and pass that directory."
+                f"logger, or the monitors save_dir=, and pass that directory. {left_out}".rstrip()
             )
+        found[0].problems += [left_out] if left_out else []
         if len(directories) > 1:
             _tell_apart(found, root.resolve().name)
         runs += found
@@ -77,14 +83,17 @@ def find_runs(directories: Sequence[Path]) -> list[Run]:
 
 def _study(root: Path) -> list[Run]:
     """The units of a study: ``units/<method>/seed<s>``, with the rows of ``results.jsonl`` or of each unit's result."""
-    table, problems = _lines(root / "results.jsonl")
+    lines, problems = _lines(root / "results.jsonl")
+    table = [line for line in lines if _is_row(line)]
+    if len(table) < len(lines):
+        problems.append(f"{root / 'results.jsonl'}: {len(lines) - len(table)} line(s) are no rows of a study.")
     units = [path for path in sorted(root.glob("units/*/*")) if path.is_dir()]
     if not units and not table:
         return []
     rows: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
     for row in table:
         key = (str(row.get("method", "")), str(row.get("seed", 0)))
-        rows.setdefault(key, {})[_whole(row.get("task"), 0)] = _numbers(row)
+        rows.setdefault(key, {})[row["task"]] = _numbers(row)
     runs = {}
     for path in units:
         method, seed = path.parent.name, _seed(path.name)
@@ -93,7 +102,7 @@ def _study(root: Path) -> list[Run]:
         own = dict(enumerate(map(_numbers, result["rows"]))) if isinstance(result.get("rows"), list) else {}
         run.rows = rows.pop((method, seed), {}) or own
         run.settings = _json(path / "settings.json").get("settings", {})
-        if (path / "error.txt").exists() and not result:
+        if (path / "error.txt").is_file() and not result:
             run.problems.append((path / "error.txt").read_text(encoding="utf-8", errors="replace")[:2000])
         if run.rows or run.records or run.problems:
             runs[method, seed] = run
@@ -107,11 +116,19 @@ def _study(root: Path) -> list[Run]:
     return ordered
 
 
-def _logs(root: Path) -> list[Run]:
-    """Every log directory at or below ``root``; those of a demo with the accuracies of its ``summary.json``."""
+def _is_row(line: Mapping[str, Any]) -> bool:
+    """Whether a line of ``results.jsonl``, a name that others use too, is a study's: a task of a method's seed."""
+    task = line.get("task")
+    whole = isinstance(task, int) and 0 <= task < LARGEST
+    return whole and isinstance(line.get("method"), str) and isinstance(line.get("seed"), int)
+
+
+def _logs(root: Path) -> tuple[list[Run], str]:
+    """Every log directory at or below ``root``, those of a demo with its accuracies; and which were left out."""
     summary = _json(root / "summary.json").get("methods", {})
     runs = []
-    for file in sorted(root.rglob(FILE_NAME))[:MAX_RUNS]:
+    files, left_out = search(root, FILE_NAME)
+    for file in files:
         path = file.parent
         parts = path.relative_to(root).parts
         seeded = len(parts) > 1 and SEED.fullmatch(parts[-1])
@@ -122,7 +139,7 @@ def _logs(root: Path) -> list[Run]:
             run.rows = {k: {"online_accuracy": _number(x)} for k, x in enumerate(numbers["online_accuracy"])}
         runs.append(run)
     order = list(summary) if isinstance(summary, dict) else []
-    return sorted(runs, key=lambda run: order.index(run.group) if run.group in order else len(order))
+    return sorted(runs, key=lambda run: order.index(run.group) if run.group in order else len(order)), left_out
 
 
 def _read(directory: Path, group: str, name: str) -> Run:
@@ -177,9 +194,9 @@ def _record(plain: Mapping[str, Any]) -> TaskRecord:
     return TaskRecord.from_dict(
         {
             "monitor": str(plain["monitor"]),
-            "task": int(plain["task"]),
+            "task": _checked(int(plain["task"])),
             "phase": str(plain.get("phase", "start")),
-            "step": _whole(plain.get("step"), 0),
+            "step": _checked(_whole(plain.get("step"), 0)),
             "values": triples,
             "seconds": _number(plain.get("seconds")),
             "failure": None if plain.get("failure") is None else str(plain["failure"]),
@@ -190,13 +207,17 @@ def _record(plain: Mapping[str, Any]) -> TaskRecord:
 
 def _lines(path: Path) -> tuple[list[dict[str, Any]], list[str]]:
     """The objects of a file of JSON lines, and what there is to say of lines that are none; nothing for no file."""
-    if not path.exists():
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
         return [], []
+    except OSError as error:
+        return [], [f"{path} could not be read ({error.strerror})."]
     found, bad = [], 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in text.splitlines():
         try:
             plain = json.loads(line) if line.strip() else {}
-        except ValueError:
+        except (ValueError, RecursionError):  # the latter of thousands of brackets
             plain = None
         if isinstance(plain, dict):
             found += [plain] if plain else []
@@ -210,7 +231,7 @@ def _json(path: Path) -> dict[str, Any]:
     """The object in a file; empty where there is none, or half of one."""
     try:
         plain = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return plain if isinstance(plain, dict) else {}
 
@@ -223,8 +244,14 @@ def _numbers(row: Any) -> dict[str, float]:
 def _number(value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan
+
+
+def _checked(number: int) -> int:
+    if abs(number) > LARGEST:
+        raise ValueError("no step or task of a run is as large")
+    return number
 
 
 def _whole(value: Any, default: int) -> int:

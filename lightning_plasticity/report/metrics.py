@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 
 from lightning_plasticity.records import FILE_NAME, TaskRecord
+from lightning_plasticity.report.find import LARGEST
 
 NAMED = re.compile(r"(?i:(?<![a-z])(acc|accuracy|return|reward|f1|auroc|loss|error|perplexity)(?![a-z]))")
+NEW_WORD = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # in BinaryF1Score, valLoss, MSELoss
 LOW_IS_GOOD = re.compile(r"loss|error|perplexity", re.I)
 OWN = "plasticity/"  # keys of the monitors, which are in the records already
 TASK = "plasticity/task"
@@ -25,8 +27,8 @@ Row = tuple[int, dict[str, float]]  # step, and what was logged at it
 
 def read_metrics(
     directory: Path, records: Sequence[TaskRecord], names: Sequence[str] = ()
-) -> tuple[dict[str, np.ndarray[Any, Any]], list[str]]:
-    """Series by name, each (points, 3): task, cumulative step, value; and what could not be read.
+) -> tuple[dict[str, np.ndarray[Any, Any]], list[str], list[str]]:
+    """Series by name, each (points, 3): task, cumulative step, value; names of what else is logged; and problems.
 
     ``metrics.csv`` (CSVLogger) and event files (TensorBoard) in the directory, or below it, or, where there are none,
     in the directory above. A task's rows are those after the monitors' own row that tells the task; without such rows
@@ -41,33 +43,49 @@ def read_metrics(
     for record in records:
         starts[record.task] = min(record.step, starts.get(record.task, record.step))
     found: dict[str, dict[int, tuple[int, float]]] = {}
+    others: set[str] = set()
     problems: list[str] = []
     for files, read in ((_near(directory, "metrics.csv"), _csv), (_near(directory, "*tfevents*"), _events)):
         known = set(found)  # one logger is enough for a series
+        newest: dict[str, int] = {}
         task = min(starts, default=0)
         for file in files:
             marked = moved = False
+            back = ""
             try:
                 for step, values in read(file):
-                    if math.isfinite(marker := values.get(TASK, math.nan)):
+                    if abs(marker := values.get(TASK, math.nan)) <= LARGEST:
                         moved = moved and int(marker) == task
                         task, marked = int(marker), True
                     elif not marked:
                         task = max((k for k, start in starts.items() if start <= step), default=task)
                     for name, value in values.items():
-                        wanted = name in names if names else NAMED.search(name) and not name.startswith(OWN)
-                        if wanted and name not in known:
+                        if name.startswith(OWN) and name not in names:
+                            continue
+                        if not (name in names if names else _is_named(name)):
+                            others.add(name)
+                        elif name not in known:
+                            if step < newest.get(name, step) and not marked and len(starts) > 1:
+                                back = back or f"{name} goes back from step {newest[name]} to {step}"
+                            newest[name] = step
                             moved = moved or step < starts.get(task, 0)
                             found.setdefault(name, {})[step + moved * starts.get(task, 0)] = (task, value)
             except Exception as error:  # half a file, or one of another program
                 problems.append(f"{file} could be read in part at most ({type(error).__name__}: {str(error)[:150]}).")
+            if back:
+                problems.append(
+                    f"{file}: {back}, and no row of {TASK} tells the task, so values may be at the wrong one; of one "
+                    "step the last counts. That is right for a resumed run, but a Trainer made anew for each task "
+                    "counts from 0 again: let it have the logger that the monitors write to."
+                )
     order = sorted(found, key=_order)
-    series = {name: np.array([(task, at, x) for at, (task, x) in sorted(found[name].items())]) for name in order}
+    series = {name: np.array([(task, at, x) for at, (task, x) in sorted(found[name].items())], float) for name in order}
     if len(order) > MAX_SERIES:
         problems.append(
             f"{directory}: {len(order)} series are logged; shown are {MAX_SERIES}. Name others by --metric."
         )
-    return dict(list(series.items())[:MAX_SERIES]), problems
+    rest = sorted(others, key=lambda name: (not _is_named(name), name))
+    return dict(list(series.items())[:MAX_SERIES]), rest, problems
 
 
 def task_means(series: np.ndarray[Any, Any]) -> dict[int, float]:
@@ -82,6 +100,11 @@ def thinned(series: np.ndarray[Any, Any]) -> tuple[list[float], list[float]]:
     if len(finite) > MAX_POINTS:
         finite = np.array([part.mean(0) for part in np.array_split(finite, MAX_POINTS)])
     return [round(float(x), 1) for x in finite[:, 1]], [float(f"{x:.6g}") for x in finite[:, 2]]
+
+
+def _is_named(name: str) -> bool:
+    """Whether a series is named for an accuracy, a return or a loss: val_acc, trainLoss, MulticlassAccuracy."""
+    return bool(NAMED.search(NEW_WORD.sub("_", name)))
 
 
 def _order(name: str) -> tuple[bool, bool, str]:
@@ -105,11 +128,16 @@ def _csv(file: Path) -> Iterator[Row]:
     """The rows of CSVLogger's file; a last one cut short has fewer cells or half a number, and is left out."""
     text = file.read_text(encoding="utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]
+    wrong = 0
     for row in csv.DictReader(whole.splitlines()):
         step = _number(row.pop("step", None))
         values = {name: _number(x) for name, x in row.items() if name and isinstance(x, str) and x.strip()}
-        if math.isfinite(step):
+        if abs(step) <= LARGEST:
             yield int(step), values
+        else:
+            wrong += math.isfinite(step)  # others are rows without a step
+    if wrong:
+        raise ValueError(f"{wrong} row(s) are at a step that no run reaches")
     if whole != text:
         raise ValueError("its last line was cut short")
 

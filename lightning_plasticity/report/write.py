@@ -53,13 +53,14 @@ def write_report(directories: Directory | Sequence[Directory], out: Directory, *
     runs = find_runs(paths)
     for run in runs:
         if metrics or not run.rows:
-            run.logged, unread = read_metrics(run.directory, run.records, metrics)
+            run.logged, run.others, unread = read_metrics(run.directory, run.records, metrics)
             run.problems += unread
+    names = _names(runs)
     for name in metrics:
         if not any(name in run.logged for run in runs):
             raise ReportError(
                 f"No run logged {name!r}; expected a column of metrics.csv or a scalar of TensorBoard beside "
-                f"{FILE_NAME}. {_logged_names(runs)}"
+                f"{FILE_NAME}. {f'There are, among others: {names}' if names else 'No such file was found.'}"
             )
     runs = join_versions(runs)
     measures = lines_by_measure(runs)
@@ -88,7 +89,8 @@ def write_report(directories: Directory | Sequence[Directory], out: Directory, *
     file = Path(out)
     file = file / REPORT if file.is_dir() else file
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page(data, parts, plotly_js), encoding="utf-8")
+    # Names that are no text in this locale hold halves of characters, which no file can.
+    file.write_text(page(data, parts, plotly_js), encoding="utf-8", errors="replace")
     return file
 
 
@@ -123,9 +125,9 @@ def _logged(runs: Sequence[Run]) -> list[dict[str, Any]]:
     return found
 
 
-def _logged_names(runs: Sequence[Run]) -> str:
-    names = sorted({name for run in runs for name in read_metrics(run.directory, run.records)[0]})
-    return f"There are, among others: {', '.join(names[:MAX_LISTED])}." if names else "No such file was found."
+def _names(runs: Sequence[Run]) -> str:
+    """Of all that the runs logged, as a list in a sentence."""
+    return _some(list(dict.fromkeys(name for run in runs for name in (*run.logged, *run.others))))
 
 
 def _groups(runs: Sequence[Run]) -> dict[str, list[Run]]:
@@ -172,10 +174,15 @@ def _card(
     if not facts:
         notes.append("No measure of the main ones has a finite value.")
     if not any(run.rows or run.logged for run in runs):
-        notes.append(
-            "Accuracy is not known: no metrics.csv and no TensorBoard file with an accuracy, return or loss was found "
-            "beside the records. Log it with self.log(...)."
+        names = _names(runs)
+        found = (
+            f"nothing logged beside the records is named for an accuracy, return or loss ({names}); show any by "
+            "--metric NAME."
+            if names
+            else "no metrics.csv and no TensorBoard file with scalars was found beside the records. Log it with "
+            "self.log(...)."
         )
+        notes.append(f"Accuracy is not known: {found}")
     if failures:
         notes.append(
             f"{_times(failures, 'measurement', 'measurements')} failed, in whole or in part; causes are below."

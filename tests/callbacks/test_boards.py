@@ -115,6 +115,12 @@ def test_an_estimate_shows_what_is_resolved() -> None:
     assert counts.sum() < 500
 
 
+def test_an_estimate_shows_eight_decades() -> None:
+    magnitudes, counts = shown_magnitudes(estimate_of([1.2, 1e-3, 1e-7, 1e-10, *[0.0] * 36], num_steps=5))
+    assert torch.log10(magnitudes).tolist() == pytest.approx([0, -3, -7], abs=1 / 8)  # 1e-10 is resolved, too
+    assert counts.tolist() == pytest.approx([1, 1, 1])
+
+
 def test_nothing_to_show() -> None:
     assert len(shown_magnitudes(estimate_of([0.0] * 9, 4))[0]) == 0
     assert len(shown_magnitudes(Spectrum.from_eigenvalues(torch.zeros(3), 3))[0]) == 0

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +30,16 @@ def line(**fields: Any) -> str:
 def test_nothing_to_report_says_what_to_pass(tmp_path: Path) -> None:
     with pytest.raises(ReportError, match=r"does not exist; pass a run's log directory"):
         write_report(tmp_path / "nowhere", tmp_path / "r.html")
-    with pytest.raises(ReportError, match=r"No plasticity.jsonl and no results.jsonl in .*expected what a monitor"):
+    with pytest.raises(ReportError, match=r"No plasticity.jsonl and no results.jsonl of a study in .*expected what"):
         write_report(tmp_path, tmp_path / "r.html")
     with pytest.raises(ReportError, match="at least one"):
         write_report([], tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
 
 
-def test_without_plotly_the_error_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_plotly_the_error_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "plotly.offline", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'lightning-plasticity\[report\]'"):
+    with pytest.raises(ModuleNotFoundError, match="pip install plotly"):
         write_report(write_run(tmp_path / "run"), tmp_path / "r.html")
 
 
@@ -126,6 +129,97 @@ def test_names_from_outside_stay_text(tmp_path: Path) -> None:
     assert "img" not in tags
     assert "b" not in tags
     assert HOSTILE in seen.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "note"),
+    [
+        ("plasticity.jsonl", None, "plasticity.jsonl could not be read (Is a directory)"),
+        ("plasticity.jsonl", "[" * 100_000 + "\n", "plasticity.jsonl: 1 line(s) were cut short or are no JSON"),
+        ("plasticity.jsonl", line(step=1e30) + line(task=10**400), "2 line(s) are no records of this package"),
+        ("metrics.csv", "step,acc\n1,0.5\n1e30,0.75\n", "1 row(s) are at a step that no run reaches"),
+        ("metrics.csv", "step,acc,plasticity/task\n1,0.5,1e30\n", ""),
+        ("metrics.csv", None, "metrics.csv could be read in part at most (IsADirectoryError"),
+        ("summary.json", "[" * 100_000, ""),
+    ],
+)
+def test_one_bad_file_leaves_the_report_of_all_others(
+    tmp_path: Path, name: str, content: str | None, note: str
+) -> None:
+    write_run(tmp_path / "good")
+    bad = tmp_path / ("" if name == "summary.json" else "bad")
+    if name == "metrics.csv":
+        write_run(bad)
+    bad.mkdir(exist_ok=True)
+    if content is None:
+        (bad / name).mkdir()
+    else:
+        (bad / name).write_text(content)
+    data, text = report(tmp_path)
+    assert "good" in [found["group"] for found in option_of(data, "weights/norm")["lines"]]
+    assert note in text
+    if name == "metrics.csv" and content:
+        assert [found["value"] for found in option_of(data, "logged/acc")["lines"]] == [[0.5]]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"model": "x", "acc": 0.5},
+        {"method": "x", "seed": 0, "task": "digits", "acc": 0.5},
+        {"method": None, "seed": 0, "task": 0},
+        {"method": "x", "task": 0},
+        {"method": "x", "seed": 0, "task": 10**400},
+    ],
+)
+def test_results_of_another_program_do_not_hide_runs(tmp_path: Path, row: dict[str, Any]) -> None:
+    (tmp_path / "results.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(ReportError, match=r"no results\.jsonl of a study in"):
+        report(tmp_path)
+    write_run(tmp_path / "version_0")
+    assert [group["name"] for group in report(tmp_path)[0]["groups"]] == ["version_0"]
+
+
+def test_rows_that_are_no_studys_are_a_note(tmp_path: Path) -> None:
+    write_study(tmp_path)
+    with open(tmp_path / "results.jsonl", "a") as file:
+        file.write('{"model": "x", "acc": 0.5}\n{"method": "plain", "seed": 0, "task": 4, "acc": 1' + "0" * 400 + "}\n")
+    data, text = report(tmp_path)
+    assert [group["name"] for group in data["groups"]] == ["plain", "other"]
+    assert "results.jsonl: 1 line(s) are no rows of a study." in text
+
+
+def test_a_search_ends_and_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/deep/er", "b", "c"):
+        write_run(tmp_path / name, num_tasks=1)
+    (tmp_path / "again").symlink_to(tmp_path)
+    monkeypatch.setattr("lightning_plasticity.report.search.MAX_RUNS", 2)
+    data, text = report(tmp_path)
+    assert [group["name"] for group in data["groups"]] == ["b", "c"]
+    assert f"Only the nearest 2 runs below {tmp_path} are shown. Pass the directories of the runs themselves" in text
+    monkeypatch.setattr("lightning_plasticity.report.search.MAX_RUNS", 3)  # as many as there are
+    data, text = report(tmp_path)
+    assert [group["name"] for group in data["groups"]] == ["a/deep/er", "b", "c"]
+    assert "the nearest" not in text
+    monkeypatch.setattr("lightning_plasticity.report.search.MAX_DIRECTORIES", 3)
+    data, text = report(tmp_path)
+    assert [group["name"] for group in data["groups"]] == ["b"]
+    assert f"The search below {tmp_path} stopped after the nearest 3 directories. Pass the directories" in text
+    monkeypatch.setattr("lightning_plasticity.report.search.MAX_DIRECTORIES", 1)
+    with pytest.raises(ReportError, match=r"stopped after the nearest 1 directories\. Pass"):
+        report(tmp_path)
+
+
+def test_names_that_the_locale_cannot_spell(tmp_path: Path) -> None:
+    write_run(tmp_path / "größe")
+    os.mkdir(os.fsencode(tmp_path) + b"/\xff")  # no UTF-8 at all
+    (tmp_path / "größe" / "plasticity.jsonl").rename(os.fsdecode(os.fsencode(tmp_path) + b"/\xff/plasticity.jsonl"))
+    write_run(tmp_path / "größe" / "version_0")
+    command = [sys.executable, "-m", "lightning_plasticity.cli", "report", str(tmp_path), "--out", str(tmp_path)]
+    plain = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, env=os.environ | plain, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(data_of(tmp_path / "report.html")["groups"]) == 2
 
 
 def test_embedded_json_cannot_end_its_script() -> None:

@@ -126,3 +126,19 @@ def test_values_that_cannot_be_drawn(tmp_path: Path) -> None:
     assert console == []
     assert seen["undrawn"] == 0
     assert seen["window"] == seen["wide"] == 380
+
+
+def test_long_names_without_a_break_fit_on_a_phone(tmp_path: Path) -> None:
+    name = "Unbreakable" * 15
+    run = write_run(tmp_path / name / "seed0")
+    write_run(tmp_path / ("other" + name) / "seed0")
+    values = {f"plasticity/{key}/{name}": [2.0, 1.0, 3.0] for key in ("features/srank", "ggn/trace", name)}
+    with open(run / "plasticity.jsonl", "a") as file:
+        for task, phase in ((0, "start"), (1, "end")):
+            line = {"monitor": name, "task": task, "phase": phase, "values": values, "settings": {name: name}}
+            file.write(json.dumps({**line, "failure": name}) + "\n")
+    (run / "metrics.csv").write_text(f"step,acc/{name},{name}\n1,0.5,1\n")
+    seen, console = opened(write_report(tmp_path, tmp_path))
+    assert console == []
+    assert seen["undrawn"] == 0
+    assert seen["window"] == seen["wide"] == 380

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,32 @@ def test_a_metric_is_asked_for_by_name(tmp_path: Path, capsys: pytest.CaptureFix
     assert "val_acc" in capsys.readouterr().err
 
 
+LOGGED = (  # the names of torchmetrics are those of a MetricCollection
+    "val_MulticlassAccuracy", "MulticlassAccuracy", "BinaryF1Score", "MulticlassAUROC", "MeanSquaredError", "trainAcc",
+    "trainACC", "valLoss", "trainLoss", "MSELoss", "val/acc", "acc1", "Episode_Reward", "train_loss_epoch",
+)  # fmt: skip
+NOT_LOGGED = ("epoch", "lr-SGD", "accumulated", "Blossom", "isAccurate", "Accelerator", "glossary", "R2Score")
+
+
+def test_names_of_accuracies_and_losses_are_known(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    write_csv(run / "metrics.csv", [{"step": 1, **dict.fromkeys(LOGGED + NOT_LOGGED, 0.5)}])
+    page = write_report(run, tmp_path / "r.html")
+    assert {one["label"] for one in data_of(page)["logged"]} == set(LOGGED)
+    assert "Accuracy is not known" not in Seen(page).text
+
+
+def test_names_that_say_nothing_are_listed(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    assert "no metrics.csv and no TensorBoard file" in Seen(write_report(run, tmp_path / "r.html")).text
+    write_csv(run / "metrics.csv", [{"step": 1, "score": 0.5, "lr": 0.1, "plasticity/task": 0}])
+    text = Seen(write_report(run, tmp_path / "r.html")).text
+    assert "is named for an accuracy, return or loss (lr, score); show any by --metric NAME." in text
+    assert "no metrics.csv" not in text
+    with pytest.raises(ReportError, match=r"There are, among others: lr, score$"):
+        write_report(run, tmp_path / "r.html", metrics=["acc"])
+
+
 def test_files_above_and_below_the_records(tmp_path: Path) -> None:
     rows = [{"step": step, "acc": 1.0} for step in range(40)]
     above = write_run(tmp_path / "a" / "records")
@@ -163,3 +190,55 @@ def test_a_resumed_run_counts_what_it_logged_last(tmp_path: Path) -> None:
     write_csv(run / "metrics.csv", [{"step": step, "acc": float(k >= 16)} for k, step in enumerate(steps)])
     data = data_of(write_report(run, tmp_path / "r.html"))
     assert option_of(data, "logged/acc")["lines"][0]["value"] == [0.0, 0.8, 1.0, 1.0]
+
+
+def test_steps_that_begin_anew_without_a_task_are_told(tmp_path: Path) -> None:
+    rows = [{"step": step, "acc": task, "plasticity/task": task} for task in (0, 1) for step in (5, 9)]
+    for name, kept in (("told", ("step", "acc", "plasticity/task")), ("untold", ("step", "acc"))):
+        run = write_run(tmp_path / name, num_tasks=2)
+        write_csv(run / "metrics.csv", [{key: row[key] for key in kept} for row in rows])
+    data, text = data_of(page := write_report(tmp_path, tmp_path / "r.html")), Seen(page).text
+    told, untold = option_of(data, "logged/acc")["lines"]
+    assert (told["tasks"], told["value"]) == ([0, 1], [0, 1])
+    assert untold["tasks"] == [0]  # both tasks' steps lie before step 10, where task 1 begins
+    assert "untold/metrics.csv: acc goes back from step 9 to 5, and no row of plasticity/task tells the task" in text
+    assert text.count("goes back") == 1
+    run = write_run(tmp_path / "single", num_tasks=1)  # there is but one task to be at
+    write_csv(run / "metrics.csv", [{"step": row["step"], "acc": 1} for row in rows])
+    assert "goes back" not in Seen(write_report(run, tmp_path / "r.html")).text
+
+
+def test_a_task_that_is_marked_twice_stays_moved(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_tasks=2)  # task 1 begins at step 10
+    mark, value = {"acc": "", "plasticity/task": 1}, {"acc": 0.5, "plasticity/task": ""}
+    rows = [{"step": 10, **mark}, {"step": 4, **value}, {"step": 15, **mark}, {"step": 12, **value}]  # 0 at its start
+    write_csv(run / "metrics.csv", rows)
+    (series,) = data_of(write_report(run, tmp_path / "r.html"))["logged"]
+    assert series["lines"][0]["steps"] == [14, 22]
+
+
+def test_accuracies_come_first_and_single_steps_after_means(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    names = ["a_loss_step", "b_loss", "c_acc_step", "d_acc"]
+    write_csv(run / "metrics.csv", [{"step": 1, **dict.fromkeys(names, 0.5)}])
+    data = data_of(write_report(run, tmp_path / "r.html"))
+    assert [one["label"] for one in data["logged"]] == ["d_acc", "c_acc_step", "b_loss", "a_loss_step"]
+
+
+def test_of_very_many_series_the_first_are_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    names = [f"acc{k:02}" for k in range(45)]
+    write_csv(run / "metrics.csv", [{"step": 1, **dict.fromkeys(names, 0.5)}])
+    page = write_report(run, tmp_path / "r.html")
+    assert [one["label"] for one in data_of(page)["logged"]] == names[:40]
+    assert "45 series are logged; shown are 40. Name others by --metric." in Seen(page).text
+
+
+def test_long_series_are_drawn_as_means_of_neighbours(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run")
+    values = [(7 * step) % 11 for step in range(1800)]
+    write_csv(run / "metrics.csv", [{"step": step, "acc": value} for step, value in enumerate(values)])
+    (series,) = data_of(write_report(run, tmp_path / "r.html"))["logged"]
+    assert series["lines"][0]["steps"] == list(range(1, 1800, 3))
+    means = [statistics.fmean(values[at : at + 3]) for at in range(0, 1800, 3)]
+    assert series["lines"][0]["value"] == pytest.approx(means, rel=1e-5)
