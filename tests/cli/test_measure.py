@@ -204,8 +204,8 @@ def test_nan_weights_are_a_failure_with_its_cause(capsys: pytest.CaptureFixture[
     words = ["--module", "measured_here.Net", "--init", "width=4", "scale=.nan", "--data", "measured_here.Data"]
     assert main(["measure", *words, "--json"]) == 1
     shown = capsys.readouterr()
-    assert shown.out == ""
-    assert "MeasurementError" in shown.err
+    assert "MeasurementError" in json.loads(shown.out)["error"]
+    assert shown.err == f"lightning-plasticity: {json.loads(shown.out)['error']}\n"
 
 
 def test_classifiers_of_the_other_tests_have_no_hyperparameters(
