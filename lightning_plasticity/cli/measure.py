@@ -92,6 +92,7 @@ def run(arguments: argparse.Namespace) -> Found:
     from lightning.pytorch import LightningModule, seed_everything
 
     from lightning_plasticity.cli.objects import importing, init_args, make_batches, make_module
+    from lightning_plasticity.cli.trainerless import without_a_trainer
     from lightning_plasticity.study.build import find
 
     seed_everything(arguments.seed, verbose=False)
@@ -102,10 +103,10 @@ def run(arguments: argparse.Namespace) -> Found:
             raise UsageError(f"--module {arguments.module} is no LightningModule: its loss has to be given by --loss.")
         if isinstance(loss, type):
             loss = loss()  # a module such as torch.nn.MSELoss
-        _check_params(module, arguments.params)
         data_init = init_args(arguments.data_init, "--data-init")
-        batches = make_batches(arguments.data, data_init, arguments.task, arguments.samples)
-        with _progress(arguments.json):
+        batches = make_batches(arguments.data, data_init, arguments.task, arguments.samples, module)
+        _check_params(module, batches, arguments.params)
+        with _progress(arguments.json), without_a_trainer():
             spectrum = _spectrum(arguments, module, loss, batches)
             features = _features(module, loss, batches, arguments.mode) if arguments.features else {}
     found = _found(arguments, spectrum, features)
@@ -135,11 +136,11 @@ def _progress(json: bool) -> Iterator[None]:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
-def _check_params(module: Any, params: list[str] | None) -> None:
+def _check_params(module: Any, batches: list[Any], params: list[str] | None) -> None:
     from lightning_plasticity.curvature.measured import Measured
 
     try:
-        Measured(module, [], params=params).parameters()
+        Measured(module, batches, params=params).parameters()
     except ValueError as error:
         raise UsageError(f"--params: {str(error).removeprefix('params=')}") from error
 

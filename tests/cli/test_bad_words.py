@@ -84,8 +84,8 @@ def test_a_pipe_that_nobody_reads_ends_without_words(
     )
     os.close(writing)
     assert ended.stderr == ""
-    # argparse takes it for success that its help could not be written at once.
-    assert ended.returncode == (0 if words == ("--help",) and python else 141)
+    # argparse takes it for success when its help cannot be written.
+    assert ended.returncode in ((0, 141) if words == ("--help",) else (141,))
 
 
 def test_another_broken_pipe_is_told(
