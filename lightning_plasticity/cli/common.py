@@ -8,13 +8,17 @@ import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
-OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
+OK, FAILED, USAGE, INTERRUPTED, CLOSED_PIPE = 0, 1, 2, 130, 141
 EXIT_CODES = (
-    "Exit codes: 0 all went well, 1 something failed, 2 the arguments or a file are wrong, 130 stopped by hand."
+    "Exit codes: 0 all went well, 1 something failed, 2 the arguments or a file are wrong, 130 stopped by hand,\n"
+    "141 nobody reads the output any more."
 )
 Found = tuple[int, dict[str, Any]]  # what a command's ``run`` returns: exit code, and what ``--json`` prints
+
+
+MAX_SEED = 2**32 - 1  # NumPy's, and so Lightning's
 
 
 class UsageError(Exception):
@@ -25,6 +29,14 @@ class Interrupted(Exception):  # noqa: N818
     """Stopped by hand; the text says how to go on. Exit code 130."""
 
 
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, and not its whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise it as ``UsageError``."""
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
 def add_command(commands: Any, name: str, summary: str, example: str, **options: Any) -> argparse.ArgumentParser:
     """A command's parser, with an example and the exit codes under its help, and ``--debug``."""
     parser: argparse.ArgumentParser = commands.add_parser(
@@ -33,6 +45,7 @@ def add_command(commands: Any, name: str, summary: str, example: str, **options:
         description=f"{summary[0].upper()}{summary[1:]}.",
         epilog=f"{example.strip()}\n\n{EXIT_CODES}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
         **options,
     )
     parser.add_argument("--debug", action="store_true", help="show tracebacks")
@@ -42,8 +55,15 @@ def add_command(commands: Any, name: str, summary: str, example: str, **options:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """``--json``."""
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object to standard output, and all else to standard error"
+        "--json",
+        action="store_true",
+        help="print one JSON object to standard output, of an error too, and all else to standard error",
     )
+
+
+def completes(action: argparse.Action, kind: Literal["FILE", "DIRECTORY"]) -> None:
+    """Let completion offer names of files or directories for it; ``kind`` is a name in shtab, which may be missing."""
+    action.completes = kind  # type: ignore[attr-defined]
 
 
 def by_hand(stop: BaseException) -> bool:
@@ -87,15 +107,18 @@ def names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
+def seed(text: str) -> int:
+    """A whole number that every library takes as a seed."""
+    if not text.isdecimal() or int(text) > MAX_SEED:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {MAX_SEED}")
+    return int(text)
+
+
 def seeds(text: str) -> list[int]:
     """``0,1,2`` as a list, each once."""
-    try:
-        found = [int(seed) for seed in names(text)]
-    except ValueError:
-        found = [-1]
-    if min(found, default=-1) < 0:
+    if not names(text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers such as 0,1,2")
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(seed(name) for name in names(text)))
 
 
 def positive(text: str) -> int:
@@ -113,6 +136,13 @@ def threshold(text: str) -> float:
         value = math.nan
     if not 0 <= value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number >= 0")
+    return value
+
+
+def seconds(text: str) -> float:
+    """A finite number above zero."""
+    if (value := threshold(text)) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number > 0")
     return value
 
 

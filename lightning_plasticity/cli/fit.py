@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning_plasticity.cli.common import FAILED, OK, Found, Interrupted, UsageError, add_command, by_hand
+from lightning_plasticity.cli.common import FAILED, OK, Found, Interrupted, UsageError, add_command, by_hand, completes
 
 OWN = ("-h", "--help", "--debug", "--all-settings")  # the rest is LightningCLI's
 SUMMARY = "train from a YAML file: Lightning's own command line, with streams, monitors and methods by class path"
@@ -27,6 +27,9 @@ def add(commands: Any) -> None:
     parser = add_command(
         commands, "fit", SUMMARY, EXAMPLE, usage="lightning-plasticity fit [--config FILE] [SETTING ...]"
     )
+    # For help and completion alone: ``split`` leaves them to LightningCLI.
+    completes(parser.add_argument("--config", metavar="FILE", help="a YAML file; the later of several wins"), "FILE")
+    completes(parser.add_argument("--ckpt_path", metavar="FILE", help="a checkpoint to go on from"), "FILE")
     parser.add_argument("--all-settings", action="store_true", help="list all settings of LightningCLI, and end")
     parser.set_defaults(run=run)
 
@@ -51,9 +54,16 @@ def run(arguments: argparse.Namespace) -> Found:
     from lightning_plasticity.records import FILE_NAME
 
     words = ["--help"] if arguments.all_settings else arguments.rest
+    # An error in one line without the usage of all settings, and no --trainer.max_epoch for max_epochs.
+    strict = {"exit_on_error": False, "allow_abbrev": False}
     with _command_line("fit", *words):
         try:
-            trainer = LightningCLI(save_config_kwargs={"overwrite": True}).trainer
+            trainer = LightningCLI(
+                save_config_kwargs={"overwrite": True}, parser_kwargs={**strict, "fit": {**strict}}
+            ).trainer
+        except argparse.ArgumentError as error:
+            why = " ".join(str(error).split())
+            raise UsageError(f"{why} (see lightning-plasticity fit --all-settings)") from error
         except SystemExit as stop:
             if by_hand(stop):
                 raise Interrupted("training was stopped by hand") from None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
 from importlib.metadata import version
 from typing import Any
@@ -12,11 +14,14 @@ from typing import Any
 from lightning_plasticity._optional import require
 from lightning_plasticity.cli import demo, fit, measure, report, study
 from lightning_plasticity.cli.common import (
+    CLOSED_PIPE,
     EXIT_CODES,
+    FAILED,
     INTERRUPTED,
     OK,
     USAGE,
     Interrupted,
+    Parser,
     UsageError,
     complain,
     to_json,
@@ -29,32 +34,61 @@ EPILOG = f"lightning-plasticity COMMAND --help shows a command's options and an 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        try:
+            return _run(words)
+        finally:
+            sys.stdout.flush()  # what is left would be an error at the end of Python, where nobody catches it
+    except BrokenPipeError:
+        if not _nobody_reads():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return CLOSED_PIPE
+
+
+def _run(words: list[str]) -> int:
     parser = make_parser()
-    words, rest = fit.split(list(sys.argv[1:] if argv is None else argv))
+    words, rest = fit.split(words)
     if not words:
         parser.exit(USAGE, parser.format_help())
-    arguments = parser.parse_args(words)
-    arguments.rest = rest
-    as_json = getattr(arguments, "json", False)
+    as_json, debug = "--json" in words, "--debug" in words
     try:
+        arguments = parser.parse_args(words)
+        arguments.rest = rest
         with redirect_stdout(sys.stderr) if as_json else nullcontext():
             code, found = arguments.run(arguments)
     except (KeyboardInterrupt, Interrupted) as stop:
-        return complain(str(stop) or "stopped", INTERRUPTED)
-    except Exception as error:
-        if arguments.debug:
+        code, why = INTERRUPTED, str(stop) or "stopped"
+    except UsageError as error:
+        if debug and error.__cause__ is not None:
             raise
-        if isinstance(error, UsageError):
-            return complain(error, USAGE)
-        return complain(f"{type(error).__name__}: {error} (--debug shows where)")
+        code, why = USAGE, str(error)
+    except Exception as error:
+        if debug or (isinstance(error, BrokenPipeError) and _nobody_reads()):
+            raise
+        code, why = FAILED, f"{type(error).__name__}: {error} (--debug shows where)"
+    else:
+        if as_json:
+            print(to_json(found))
+        return int(code)
     if as_json:
-        print(to_json(found))
-    return int(code)
+        print(to_json({"error": why}))
+    return complain(why, code)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe whose reader has gone, as in ``... | head -1``."""
+    try:
+        (waiting := select.poll()).register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in waiting.poll(0))
+    except (AttributeError, OSError, ValueError):  # not on this system, or no file at all
+        return False
+
+
+def make_parser() -> Parser:
     """With all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="lightning-plasticity",
         description="Measure and preserve a network's ability to keep learning.",
         epilog=EPILOG,
@@ -78,5 +112,17 @@ class _PrintCompletion(argparse.Action):
             shtab = require("shtab", "Completion")
         except ModuleNotFoundError as error:
             parser.exit(complain(error))
+        for action in _actions(parser):
+            if kind := getattr(action, "completes", None):
+                action.complete = getattr(shtab, kind)
         print(shtab.complete(parser, shell=values))
         parser.exit(OK)
+
+
+def _actions(parser: argparse.ArgumentParser) -> Iterator[Any]:
+    """All arguments, those of the commands too."""
+    for action in parser._actions:
+        yield action
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _actions(command)

@@ -16,8 +16,11 @@ from lightning_plasticity.cli.common import (
     UsageError,
     add_command,
     add_json,
+    completes,
     new_directory,
     positive,
+    seconds,
+    seed,
     threshold,
     to_json,
 )
@@ -47,13 +50,15 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--init", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="its arguments, or a JSON object"
     )
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE.ckpt", help="weights and hyperparameters")
-    parser.add_argument(
+    checkpoint = parser.add_argument("--checkpoint", type=Path, metavar="FILE.ckpt", help="weights and hyperparameters")
+    completes(checkpoint, "FILE")
+    data = parser.add_argument(
         "--data",
         required=True,
         metavar="CLASS|FILE",
         help="import path of a datamodule, stream, dataset or loader; or a .pt or .npz file of inputs and targets",
     )
+    completes(data, "FILE")
     parser.add_argument(
         "--data-init", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="arguments of the data's class"
     )
@@ -70,10 +75,11 @@ def add(commands: Any) -> None:
     parser.add_argument("--loss", metavar="FUNCTION", help="import path of loss(outputs, targets)")
     parser.add_argument("--params", nargs="+", metavar="NAME", help="names or wildcards of parameters (default all)")
     parser.add_argument("--mode", choices=("frozen", "as_is", "eval"), default="frozen", help="default frozen")
-    parser.add_argument("--max-seconds", type=threshold, help="for the spectrum (default any; not for kronecker)")
-    parser.add_argument("--seed", type=int, default=0, help="of new weights, data order and probes (default 0)")
+    parser.add_argument("--max-seconds", type=seconds, help="for the spectrum (default any; not for kronecker)")
+    parser.add_argument("--seed", type=seed, default=0, help="of new weights, data order and probes (default 0)")
     parser.add_argument("--features", action="store_true", help="feature ranks and dead units too")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="also write measure.json and the spectrum there")
+    out = parser.add_argument("--out", type=Path, metavar="DIR", help="also write measure.json and the spectrum there")
+    completes(out, "DIRECTORY")
     add_json(parser)
     parser.set_defaults(run=run)
 
@@ -86,6 +92,7 @@ def run(arguments: argparse.Namespace) -> Found:
     from lightning.pytorch import LightningModule, seed_everything
 
     from lightning_plasticity.cli.objects import importing, init_args, make_batches, make_module
+    from lightning_plasticity.cli.trainerless import without_a_trainer
     from lightning_plasticity.study.build import find
 
     seed_everything(arguments.seed, verbose=False)
@@ -97,8 +104,9 @@ def run(arguments: argparse.Namespace) -> Found:
         if isinstance(loss, type):
             loss = loss()  # a module such as torch.nn.MSELoss
         data_init = init_args(arguments.data_init, "--data-init")
-        batches = make_batches(arguments.data, data_init, arguments.task, arguments.samples)
-        with _progress(arguments.json):
+        batches = make_batches(arguments.data, data_init, arguments.task, arguments.samples, module)
+        _check_params(module, batches, arguments.params)
+        with _progress(arguments.json), without_a_trainer():
             spectrum = _spectrum(arguments, module, loss, batches)
             features = _features(module, loss, batches, arguments.mode) if arguments.features else {}
     found = _found(arguments, spectrum, features)
@@ -126,6 +134,15 @@ def _progress(json: bool) -> Iterator[None]:
             yield
     finally:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _check_params(module: Any, batches: list[Any], params: list[str] | None) -> None:
+    from lightning_plasticity.curvature.measured import Measured
+
+    try:
+        Measured(module, batches, params=params).parameters()
+    except ValueError as error:
+        raise UsageError(f"--params: {str(error).removeprefix('params=')}") from error
 
 
 def _spectrum(arguments: argparse.Namespace, module: Any, loss: Any, batches: list[Any]) -> Any:

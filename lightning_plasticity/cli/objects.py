@@ -16,7 +16,9 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_plasticity.cli.checkpoints import load_module, read_plain
 from lightning_plasticity.cli.common import UsageError
+from lightning_plasticity.cli.trainerless import transferred
 from lightning_plasticity.curvature.samples import first_samples, num_samples
 from lightning_plasticity.nn.batches import batch_size
 from lightning_plasticity.study import StudyError
@@ -68,21 +70,19 @@ def make_module(class_path: str, arguments: dict[str, Any], checkpoint: Path | N
     found: Any = find(class_path, "--module")
     if not isinstance(found, type) or not issubclass(found, LightningModule):
         raise UsageError(f"--checkpoint needs a LightningModule, and --module {class_path} is none.")
-    if not checkpoint.is_file():
-        raise UsageError(f"--checkpoint {checkpoint} is not a file.")
-    try:
-        return found.load_from_checkpoint(checkpoint, map_location="cpu", **arguments)
-    except TypeError as error:
-        hint = "the checkpoint has no such hyperparameters; give them with --init, or call save_hyperparameters()"
-        raise UsageError(f"--checkpoint {checkpoint}: {class_path} was not made: {error} ({hint}).") from error
+    return load_module(found, arguments, checkpoint)
 
 
-def make_batches(spec: str, arguments: dict[str, Any], task: int | None, samples: int) -> list[Any]:
-    """The first ``samples`` samples of a file, a datamodule's or stream's training data, a dataset or a loader."""
+def make_batches(spec: str, arguments: dict[str, Any], task: int | None, samples: int, module: nn.Module) -> list[Any]:
+    """The first ``samples`` samples of a file, a datamodule's or stream's training data, a dataset or a loader.
+
+    Each batch goes through the batch transfer hooks of the datamodule or else the module, as in training.
+    """
     if Path(spec).suffix in FILES:
         if arguments or task is not None:
             raise UsageError(f"--data {spec} is a file: --data-init and --task have no meaning.")
-        return first_samples([_read(Path(spec))], samples)
+        return first_samples([transferred(_read(Path(spec)), None, module)], samples)
+    datamodule: LightningDataModule | None = None
     data = Maker({"class_path": spec, "init_args": arguments}, "--data")()
     if isinstance(data, LightningDataModule):
         if task is not None:
@@ -94,7 +94,7 @@ def make_batches(spec: str, arguments: dict[str, Any], task: int | None, samples
             data.task_id = task
         data.prepare_data()
         data.setup("fit")
-        data = data.train_dataloader()
+        datamodule, data = data, data.train_dataloader()
     elif task is not None:
         raise UsageError(f"--task {task}: {spec} is no datamodule.")
     if isinstance(data, Dataset):
@@ -107,7 +107,7 @@ def make_batches(spec: str, arguments: dict[str, Any], task: int | None, samples
         batch = next(iterator, None)
         if batch is None or batch_size(batch) == 0:
             break
-        batches.append(batch)
+        batches.append(transferred(batch, datamodule, module))
     if not batches:
         raise UsageError(f"--data {spec} gave no batch.")
     return first_samples(batches, samples)
@@ -115,14 +115,14 @@ def make_batches(spec: str, arguments: dict[str, Any], task: int | None, samples
 
 def _read(path: Path) -> Any:
     """``(inputs, targets)`` of a file."""
-    try:
-        if path.suffix == ".npz":
+    if path.suffix == ".npz":
+        try:
             with np.load(path, allow_pickle=False) as file:
                 found: Any = {name: torch.from_numpy(file[name]) for name in file.files}
-        else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise UsageError(f"--data {path} cannot be read: {error}") from error
+        except Exception as error:
+            raise UsageError(f"--data {path} cannot be read: {error}") from error
+    else:
+        found = read_plain(path, "--data", "a pair of tensors that torch.save wrote")
     pair = None
     if isinstance(found, dict):
         pair = next((tuple(found[name] for name in names) for names in PAIRS if set(names) <= set(found)), None)

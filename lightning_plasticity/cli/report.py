@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from lightning_plasticity.cli.common import OK, Found, UsageError, add_command, add_json
+from lightning_plasticity.cli.common import OK, Found, UsageError, add_command, add_json, completes
 
 SUMMARY = "make one page with the numbers and pictures of one run or several"
 EXAMPLE = """
@@ -20,8 +20,10 @@ come from metrics.csv (CSVLogger) and TensorBoard files in it, below it, or else
 def add(commands: Any) -> None:
     """Add the command."""
     parser = add_command(commands, "report", SUMMARY, EXAMPLE)
-    parser.add_argument("directories", type=Path, nargs="+", metavar="LOGDIR", help="a run's directory")
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the file (default report.html)")
+    runs = parser.add_argument("directories", type=Path, nargs="+", metavar="LOGDIR", help="a run's directory")
+    completes(runs, "DIRECTORY")
+    out = parser.add_argument("--out", type=Path, default=Path("report.html"), help="the file (default report.html)")
+    completes(out, "FILE")
     parser.add_argument(
         "--metric",
         action="append",
@@ -44,5 +46,10 @@ def run(arguments: argparse.Namespace) -> Found:
         written = write_report(arguments.directories, arguments.out, metrics=arguments.metric)
     except ReportError as error:
         raise UsageError(str(error)) from error
+    except OSError as error:
+        raise UsageError(
+            f"--out {arguments.out}: {error.filename or arguments.out}: {error.strerror or error}. Give another --out, "
+            "in a directory that can be written."
+        ) from error
     print(f"Report: {written}")
     return OK, {"report": written, "directories": arguments.directories}

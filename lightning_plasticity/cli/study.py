@@ -15,6 +15,7 @@ from lightning_plasticity.cli.common import (
     add_command,
     add_json,
     by_hand,
+    completes,
     names,
     new_directory,
     positive,
@@ -48,8 +49,10 @@ Stopped or killed, the same command goes on where it was.
 def add(commands: Any) -> None:
     """Add the command."""
     parser = add_command(commands, "study", SUMMARY, EXAMPLE)
-    parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the study's file")
-    parser.add_argument("--out", type=Path, default=Path("study_out"), help="directory for the results (study_out)")
+    config = parser.add_argument("config", type=Path, metavar="CONFIG.yaml", help="the study's file")
+    completes(config, "FILE")
+    out = parser.add_argument("--out", type=Path, default=Path("study_out"), help="directory for results (study_out)")
+    completes(out, "DIRECTORY")
     parser.add_argument("--jobs", type=positive, default=1, help="processes on this machine (default 1: this one)")
     parser.add_argument("--only", type=names, default=[], metavar="A,B", help="methods to run (default all)")
     parser.add_argument("--seeds", type=seeds, default=[], metavar="0,1", help="instead of the file's")

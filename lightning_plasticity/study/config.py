@@ -125,6 +125,8 @@ def load_study(path: Path, only: Sequence[str] = (), seeds: Sequence[int] = ()) 
         plain = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise StudyError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise StudyError(f"{path} is not text; expected a YAML file in UTF-8.") from error
     except yaml.YAMLError as error:
         raise StudyError(f"{path} is not valid YAML: {error}") from error
     study = parse_study(plain, search=(str(Path.cwd()), str(path.resolve().parent)))

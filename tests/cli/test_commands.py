@@ -80,6 +80,40 @@ def test_completion(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
         assert offered.stdout.split() == ["study"], offered.stderr
 
 
+def offered(line: str, script: str, folder: Path) -> set[str]:
+    """What bash offers at the end of a line: the function of the script, called as bash calls it."""
+    words = [*line.split(), ""] if line.endswith(" ") else line.split()
+    asked = f"{script}\nCOMP_WORDS=({' '.join(words[:-1])} {words[-1]!r}); COMP_CWORD={len(words) - 1}\n"
+    asked += "$(complete -p lightning-plasticity | sed 's/.*-F \\([^ ]*\\).*/\\1/')\n"
+    asked += "printf '%s\\n' \"${COMPREPLY[@]}\""
+    run = subprocess.run(["bash", "-c", asked], capture_output=True, text=True, cwd=folder)
+    return set(run.stdout.split())
+
+
+def test_names_of_files_are_completed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert stopped("--print-completion", "bash") == 0
+    script = capsys.readouterr().out
+    (tmp_path / "base_run").mkdir()
+    (tmp_path / "base.yaml").write_text("")
+    directory, both = {"base_run"}, {"base_run", "base.yaml"}
+    for line, expected in {
+        "report ba": directory,
+        "report base_run ba": directory,
+        "report base_run --out ba": both,
+        "study ba": both,
+        "study --out ba": directory,
+        "demo --out ba": directory,
+        "measure --data ba": both,
+        "measure --checkpoint ba": both,
+        "measure --out ba": directory,
+        "fit --config ba": both,
+        "fit --ckpt_path ba": both,
+        "measure --matrix n": {"ntk"},
+        "measure --module ba": set(),
+    }.items():
+        assert offered(f"lightning-plasticity {line}", script, tmp_path) == expected, line
+
+
 # ---- errors --------------------------------------------------------------------------------------------------------
 
 

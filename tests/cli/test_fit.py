@@ -59,3 +59,22 @@ def test_an_error_in_training_is_one_line(
         assert main(plain) == 130
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("--config=nowhere.yaml", "File does not exist"),
+        ("--trainer.max_epochs=abc", "Expected a <class 'int'>"),
+        ("--trainer.max_epoch=1", "--trainer.max_epoch=1"),  # no abbreviations
+    ],
+)
+def test_what_lightnings_parser_refuses_is_one_line(
+    setting: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words(tmp_path), setting]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("lightning-plasticity: ")
+    assert message in said
+    assert said.count("\n") == 1
+    assert "usage" not in said

@@ -68,6 +68,44 @@ class Small(nn.Sequential):
         super().__init__(*mlp())
 
 
+class Stepping(Small, L.LightningModule):
+    """Its step does what ``does`` names."""
+
+    def __init__(self, does: str) -> None:
+        super().__init__()
+        self.does = does
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = F.cross_entropy(self(batch[0]), batch[1]) + torch.zeros((), device=self.device)
+        if self.does == "logs":
+            self.log("loss", loss, prog_bar=True)
+        elif self.does == "epoch":
+            loss = loss + self.current_epoch + self.trainer.current_epoch
+        elif self.does == "logger":
+            self.logger.log_metrics({"loss": 1.0})  # type: ignore[union-attr]
+        elif self.does == "optimizers":
+            self.optimizers()
+        return loss
+
+
+class Halving(Net):
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0] / 2, batch[1]
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0] + 1, batch[1]
+
+
+class Doubling(Data):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0] * 4, batch[1]
+
+
+class Asking(Data):
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch if self.trainer.training else None  # type: ignore[union-attr]
+
+
 @pytest.fixture(autouse=True)
 def found_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """pytest imports this file under a name that is no import path."""
@@ -204,8 +242,8 @@ def test_nan_weights_are_a_failure_with_its_cause(capsys: pytest.CaptureFixture[
     words = ["--module", "measured_here.Net", "--init", "width=4", "scale=.nan", "--data", "measured_here.Data"]
     assert main(["measure", *words, "--json"]) == 1
     shown = capsys.readouterr()
-    assert shown.out == ""
-    assert "MeasurementError" in shown.err
+    assert "MeasurementError" in json.loads(shown.out)["error"]
+    assert shown.err.endswith(f"lightning-plasticity: {json.loads(shown.out)['error']}\n")
 
 
 def test_classifiers_of_the_other_tests_have_no_hyperparameters(
@@ -218,6 +256,38 @@ def test_classifiers_of_the_other_tests_have_no_hyperparameters(
     words = ["--module", "runs.Classifier", "--checkpoint", str(tmp_path / "x.ckpt"), "--data", "measured_here.Data"]
     assert main(["measure", *words]) == 2
     assert "give them with --init" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("does", ["logs", "epoch", "logger", "optimizers"])
+def test_a_step_that_misses_a_trainer(does: str, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["measure", "--module", "measured_here.Stepping", "--init", f"does={does}", "--data", "measured_here.Data"]
+    if does == "logs":
+        assert main(words) == 0
+        return
+    assert main(words) == (1 if does == "logger" else 2)
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "training_step failed" in said if does == "logger" else "training_step asks for the Trainer" in said
+    assert "give --loss FUNCTION" in said
+    assert main([*words, "--loss", "torch.nn.functional.cross_entropy"]) == 0
+
+
+def test_batches_go_through_the_hooks_of_training(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--init", "width=5", "--samples", "12", "--eps", "1e-2"]
+    for module, datamodule, change in (
+        ("Halving", "Data", lambda x: x / 2 + 1),
+        ("Halving", "Doubling", lambda x: x / 2 * 4),  # a datamodule's hook goes before the module's
+        ("Net", "Doubling", lambda x: x * 4),
+    ):
+        found = measured(capsys, "--module", f"measured_here.{module}", "--data", f"measured_here.{datamodule}", *words)
+        torch.manual_seed(0)
+        net, (inputs, targets) = Net(5), data(0, 30)
+        same(found, curvature.ggn_spectrum(net, None, (change(inputs[:12]), targets[:12])))
+        capsys.readouterr()
+    assert main(["measure", "--module", "measured_here.Net", "--data", "measured_here.Asking", *words]) == 1
+    said = capsys.readouterr().err
+    assert "on_after_batch_transfer failed: AttributeError" in said
+    assert "with HessianSpectrumMonitor in the Trainer's callbacks" in said
 
 
 def test_a_terminal_shows_how_far_it_is(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

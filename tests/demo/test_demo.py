@@ -80,10 +80,13 @@ def test_l2er_differs_from_plain_by_the_mixin_only():
 
 @pytest.mark.parametrize("arguments", [["demo", "--tasks", "0"], ["demo", "--epochs", "x"], ["nonsense"], []])
 def test_bad_arguments_end_with_usage(arguments, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(arguments)
-    assert stop.value.code == 2
-    assert "usage: lightning-plasticity" in capsys.readouterr().err
+    try:
+        code = main(arguments)
+    except SystemExit as stop:  # without a command there is the help
+        code = stop.code
+    assert code == 2
+    said = capsys.readouterr().err
+    assert "usage: lightning-plasticity" in said if not arguments else said.startswith("lightning-plasticity: ")
 
 
 def test_an_output_that_cannot_be_written_is_one_line(tmp_path, capsys):
