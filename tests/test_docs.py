@@ -147,10 +147,9 @@ def exit_code(*arguments: str) -> object:
     from lightning_plasticity.cli import main
 
     try:
-        main(list(arguments))
+        return main(list(arguments))
     except SystemExit as stop:
         return stop.code
-    return 0
 
 
 @pytest.mark.parametrize("page", COMMAND_PAGES, ids=relative)
