@@ -15,7 +15,7 @@ version = release = version_of("lightning-plasticity")
 # The source directory is the whole repository, so that links from a page to a file outside of docs/ work in the site as
 # they do in the repository: they lead to a page where the file is one of these, else to a download.
 root_doc = "docs/index"
-include_patterns = ["docs/**", "benchmarks/README.md", "benchmarks/results/**", "*.md"]
+include_patterns = ["docs/**", "benchmarks/README.md", "benchmarks/results/**", "examples/README.md", "*.md"]
 exclude_patterns = ["README.md", ".*", "build", "dist"]
 
 extensions = [
