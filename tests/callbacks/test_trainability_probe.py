@@ -346,9 +346,11 @@ def test_a_configuration_builds_it() -> None:
 def test_optimizers_of_other_parameters_than_the_measured_ones_are_told() -> None:
     """As under a sharded strategy, where the probe gets a whole copy of the module."""
 
+    copy = Net()
+
     class Copied(TrainabilityProbe):
         def measure(self, trainer: Any, pl_module: Any, batches: Any, phase: Any) -> Any:
-            return super().measure(trainer, Net(), batches, phase)
+            return super().measure(trainer, copy, batches, phase)
 
     watching = Copied(num_steps=2, seeds=1)
     (warning,) = [str(w.message) for w in _warned(watching)]

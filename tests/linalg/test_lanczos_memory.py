@@ -134,7 +134,9 @@ def test_the_first_product_saves_one_application_and_nothing_else(options):
     # Not bit for bit: one product is of the vector before, the other after it was normalised. Without a basis that
     # rounding grows by as much as a Ritz value is from converged: 4e-5 here with torch 2.6, below 1e-5 with 2.14.
     np.testing.assert_allclose(known.alpha[:8], plain.alpha[:8], rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(known.ritz()[0][-3:], plain.ritz()[0][-3:], rtol=1e-4)
+    # A copy of the largest that is just forming, as without a basis, is no eigenvalue yet.
+    largest = 1 if options.get("reorthogonalise") is False else 3
+    np.testing.assert_allclose(known.ritz()[0][-largest:], plain.ritz()[0][-largest:], rtol=1e-4)
 
 
 def test_stop_is_asked_before_each_step_but_the_first():
