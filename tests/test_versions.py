@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 
 OLDEST = Path(__file__).with_name("oldest.txt")
-WHERE_NEEDED = {"pyparsing", "six"}  # of packages that ours pull in
+WHERE_NEEDED = {"pyparsing", "six", "protobuf"}  # of packages that ours pull in
 
 
 def pins() -> dict[str, str]:
