@@ -12,6 +12,7 @@ from lightning_plasticity._optional import require
 from lightning_plasticity.curvature import Spectrum
 from lightning_plasticity.loggers.histograms import DECADES_BELOW
 
+SMALLEST = 1e-200  # below it a spectrum is zero: eight decades further down float64 ends
 MAX_LINES = 50  # in a figure; of more tasks some are left out
 INCHES, DOTS_PER_INCH = (5.6, 3.6), 125  # 700 x 450 pixels, to be read in a card half as wide
 
@@ -49,7 +50,10 @@ def draw_spectra(axes: Any, spectra: Mapping[int, Spectrum], title: str) -> None
         axes.step(index[shown], order.values[shown], where="pre", color=colour, label=f"task {task}")
     axes.set(xscale="log", yscale="log", xlabel="number of eigenvalues at least this large", ylabel="|eigenvalue|")
     axes.set_title(title)
-    if top > 0:
+    if top < SMALLEST:  # a log axis has no limits of its own without a value to show
+        axes.set(xlim=(1, max(2, *(spectrum.num_params for spectrum in spectra.values()))), ylim=(SMALLEST, 1))
+        axes.text(0.5, 0.5, "all eigenvalues are zero", ha="center", transform=axes.transAxes)
+    else:
         axes.set_ylim(top * 10.0**-DECADES_BELOW, 2 * top)
     handles, labels = axes.get_legend_handles_labels()
     stride = max(1, len(labels) // 6)

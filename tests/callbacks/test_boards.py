@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from lightning_plasticity import Spectrum
 from lightning_plasticity.linalg import stochastic_lanczos_quadrature
-from lightning_plasticity.loggers import log_scalars, shown_magnitudes
+from lightning_plasticity.loggers import log_scalars, pixels_of, shown_magnitudes, spectra_figure
 from lightning_plasticity.loggers.charts import layout_of
 
 
@@ -124,3 +124,21 @@ def test_an_estimate_shows_eight_decades() -> None:
 def test_nothing_to_show() -> None:
     assert len(shown_magnitudes(estimate_of([0.0] * 9, 4))[0]) == 0
     assert len(shown_magnitudes(Spectrum.from_eigenvalues(torch.zeros(3), 3))[0]) == 0
+
+
+ZERO = torch.zeros(3, dtype=torch.float64)
+ONES = torch.ones(3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [[ZERO], [ZERO[:0]], [ZERO, ZERO], [ZERO, ONES], [ONES * 1e-320], [ONES * 1e-199], []],
+    ids=["zeros", "none", "zeros twice", "zeros, then ones", "denormal", "tiny", "no task"],
+)
+def test_spectra_with_nothing_above_zero_are_drawn(values: list[torch.Tensor]) -> None:
+    spectra = {task: Spectrum.from_eigenvalues(own, 10) for task, own in enumerate(values)}
+    figure = spectra_figure(spectra, "title")
+    assert pixels_of(figure).shape == (450, 700, 3)
+    said = [text.get_text() for text in figure.axes[0].texts]
+    nothing = bool(values) and max(float(own.max()) if len(own) else 0.0 for own in values) < 1e-200
+    assert said == ["all eigenvalues are zero"] * nothing
