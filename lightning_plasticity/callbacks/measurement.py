@@ -85,8 +85,9 @@ def log_measurement(
             scalars |= {f"{tag}_lower": estimate.lower, f"{tag}_upper": estimate.upper}
     log_scalars(logger, scalars, record.step)
     for key, found in measurement.histograms.items() if takes_histograms(logger) else ():
-        values, counts = shown_magnitudes(found) if isinstance(found, Spectrum) else found
-        log_histogram(logger, phased(named(key), record.phase), values, counts, record.step)
+        if isinstance(found, Spectrum):
+            found = measurement.histograms[key] = shown_magnitudes(found)  # once for all loggers
+        log_histogram(logger, phased(named(key), record.phase), *found, record.step)
     for key, pixels in images.items():
         log_image(logger, key, pixels, record.step)
 

@@ -28,7 +28,7 @@ class WarnOnce:
         cause = message if cause is None else re.sub(r"\d[\d.]*(e[-+]?\d+)?", "#", cause)
         if cause not in self._causes:
             self._causes.add(cause)
-            rank_zero_warn(message, stacklevel=6)
+            rank_zero_warn(message, stacklevel=6)  # at the line that called what calls this
 
     def __bool__(self) -> bool:
         """Whether it has warned."""
